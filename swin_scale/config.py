@@ -1,0 +1,322 @@
+"""The configuration tree: every key a run can set, with its unit, its default and what makes it invalid.
+
+`config_load.py` fills it from YAML and ``a.b=c`` overrides. `validate` checks what can be known without opening a file,
+before any process group starts. Batch arithmetic is written once, in `batch_plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from swin_scale.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    dir: str
+    """Run directory: everything a run writes lives below it; the same directory resumes the run."""
+    seed: int = 0
+    """Keys sample order, augmentation, initial weights and drop-path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    train: tuple[str, ...]
+    """Shard directories; several are mixed by `weights`."""
+    val: tuple[str, ...] = ()
+    """Shard directories to evaluate on, in stored order; empty means no evaluation."""
+    weights: tuple[float, ...] = ()
+    """Passes over each training source per epoch; empty means one each."""
+    img_size: int | tuple[int, int] | None = None
+    """Input size in pixels, one number or [H, W]; unset follows the model's name."""
+    workers: int = 4
+    """Loader processes per rank; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Steps each worker prepares ahead."""
+    drop_last: bool = False
+    """Drop the remainder of an epoch (the official recipes) instead of filling the last batch with empty slots."""
+    block: int = 16
+    """Consecutive stored samples that are read together; part of the sample order."""
+    max_bad_rate: float = 0.01
+    """Fraction of unusable samples past which the run stops with exit code 3."""
+    max_pixels: int = 100_000_000
+    """Images that declare more pixels are unusable; checked before decoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Official training transform; `scale: [1, 1]`, zeros and `none` switch every part off."""
+
+    crop: Literal["resized", "pad"] | None = None
+    """`resized`: RandomResizedCrop; `pad`: zero-pad by 4 and crop. Unset: `pad` up to 32 pixels, as officially."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    hflip: float = 0.5
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment recipe in timm's notation, or `none`."""
+    color_jitter: float = 0.4
+    """Used only when auto_augment is `none`, as officially."""
+    reprob: float = 0.25
+    remode: Literal["pixel", "const"] = "pixel"
+    recount: int = 1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    eval_crop: bool = True
+    """Resize to 256/224 of the size and centre-crop; false squashes to the size (all official 384 px recipes)."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, which makes targets soft and needs even micro-batches."""
+        return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A named variant and what to change in it; unset values follow the name (and, for classes, the data)."""
+
+    name: str
+    num_classes: int | None = None
+    window_size: int | None = None
+    pretrained_window_sizes: tuple[int, ...] | None = None
+    drop_path_rate: float | None = None
+    drop_rate: float | None = None
+    embed_dim: int | None = None
+    depths: tuple[int, ...] | None = None
+    num_heads: tuple[int, ...] | None = None
+    mlp_ratio: float | None = None
+    in_chans: int | None = None
+    qkv_bias: bool | None = None
+    ape: bool | None = None
+    patch_norm: bool | None = None
+    extra_norm_interval: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float | None = None
+    """Absolute peak learning rate. Set this or lr_per_512."""
+    lr_per_512: float | None = None
+    """Peak learning rate for a global batch of 512, scaled linearly (the numbers of the official configs)."""
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """Nesterov momentum of sgd."""
+    clip_grad: float = 5.0
+    """Global gradient norm to clip to; 0 means off."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate per layer, counted from the head; 1 means off."""
+    label_smoothing: float = 0.1
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights; 0 means off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate as a pure function of the step. warmup_lr and min_lr are in the unit that `optim` sets lr in."""
+
+    name: Literal["cosine", "linear", "step", "multistep"] = "cosine"
+    total_steps: int | None = None
+    """Length; unset: train.epochs x steps per epoch."""
+    warmup_epochs: float = 20
+    warmup_steps: int | None = None
+    """Overrides warmup_epochs."""
+    warmup_lr: float = 5e-7
+    min_lr: float = 5e-6
+    warmup_prefix: bool = True
+    """Cosine starts after the warm-up; false starts it at step 0 (how all released weights were trained)."""
+    decay_epochs: float = 30
+    """`step`: epochs between decays by decay_rate."""
+    decay_rate: float = 0.1
+    multisteps: tuple[float, ...] = ()
+    """`multistep`: epochs at which the rate is multiplied by gamma."""
+    gamma: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    global_batch: int
+    micro_batch: int | Literal["auto"] = "auto"
+    """Samples per rank and forward; `auto` is the largest that divides: no accumulation."""
+    epochs: int = 300
+    max_steps: int | None = None
+    """Stop after this many steps; does not change the schedule."""
+    eval_every_epochs: int = 1
+    """Epochs between evaluations; 0 means only at the end."""
+    eval_batch: int | None = None
+    """Samples per rank and forward in evaluation; unset: the micro-batch."""
+    log_every: int = 10
+    """Steps between writes of metrics (each step has its row) and progress lines."""
+    tensorboard: bool = True
+    max_skips: int = 20
+    """Skipped updates in a row after which the run ends with exit code 5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    zero_stage: Literal[1, 2] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    activation_checkpointing: Literal["off", "block", "selective"] = "off"
+    bucket_mb: float = 200.0
+    """Megabytes per gradient bucket."""
+    threads: int | None = None
+    """CPU threads per rank; unset: cores / ranks on this machine."""
+    timeout_s: float = 600.0
+    """Seconds after which a collective is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    every_steps: int | None = None
+    every_minutes: float | None = 30.0
+    keep: int = 3
+    """Newest checkpoints to keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    weights: str | None = None
+    """Start from these weights (any checkpoint `convert` reads); a resumed run ignores it."""
+    head: Literal["auto", "keep", "zero", "map22kto1k"] = "auto"
+    """What to do with the classifier of `weights`; `auto`: keep if equal, map 21841 to 1000, else zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: Run
+    task: Literal["classify"] = "classify"
+    data: Data
+    augment: Augment = field(default_factory=Augment)
+    model: Model
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    init: Init = field(default_factory=Init)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """How a global batch is cut: micro x accumulation x ranks = global."""
+
+    global_batch: int
+    per_rank: int
+    micro: int
+    accumulation: int
+    ranks: int
+
+
+def batch_plan(config: Config, ranks: int) -> BatchPlan:
+    """Cut the global batch over `ranks`; raises UserError naming the nearest counts that divide."""
+    batch = config.train.global_batch
+    if batch % ranks:
+        below = max(n for n in range(1, ranks + 1) if batch % n == 0)
+        above = next((n for n in range(ranks, batch + 1) if batch % n == 0), batch)
+        raise UserError(
+            f"train.global_batch {batch} does not divide over {ranks} ranks; use {below} or {above} ranks, or a "
+            f"global batch of {batch - batch % ranks or ranks} or {batch + ranks - batch % ranks}"
+        )
+    per_rank = batch // ranks
+    micro = per_rank if config.train.micro_batch == "auto" else config.train.micro_batch
+    if per_rank % micro:
+        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        near = min(divisors, key=lambda n: (abs(n - micro), n))
+        raise UserError(
+            f"train.micro_batch {micro} does not divide the {per_rank} samples per rank "
+            f"(global batch {batch} over {ranks} ranks); the nearest that does is {near}"
+        )
+    if config.augment.mixes and micro % 2:
+        raise UserError(
+            f"the micro-batch is {micro}, but mixup and cutmix pair neighbours, so it must be even; "
+            "change train.micro_batch, or set augment.mixup_prob=0"
+        )
+    return BatchPlan(
+        global_batch=batch, per_rank=per_rank, micro=micro, accumulation=per_rank // micro, ranks=ranks
+    )
+
+
+def learning_rate_scale(config: Config) -> float:
+    """Factor from the learning rates in the config to absolute ones: global batch / 512 with lr_per_512, else 1."""
+    return config.train.global_batch / 512 if config.optim.lr_per_512 is not None else 1.0
+
+
+def validate(config: Config) -> None:
+    """Check every value that can be judged without files or devices; raises UserError naming the key."""
+    positive = {
+        "data.prefetch": config.data.prefetch,
+        "data.block": config.data.block,
+        "data.max_pixels": config.data.max_pixels,
+        "train.global_batch": config.train.global_batch,
+        "train.epochs": config.train.epochs,
+        "train.log_every": config.train.log_every,
+        "train.max_skips": config.train.max_skips,
+        "engine.bucket_mb": config.engine.bucket_mb,
+        "engine.timeout_s": config.engine.timeout_s,
+        "checkpoint.keep": config.checkpoint.keep,
+        "optim.layer_decay": config.optim.layer_decay,
+        "optim.eps": config.optim.eps,
+    }
+    optional = {
+        "train.micro_batch": None if config.train.micro_batch == "auto" else config.train.micro_batch,
+        "train.max_steps": config.train.max_steps,
+        "train.eval_batch": config.train.eval_batch,
+        "schedule.total_steps": config.schedule.total_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.every_minutes": config.checkpoint.every_minutes,
+        "engine.threads": config.engine.threads,
+        "optim.lr": config.optim.lr,
+        "optim.lr_per_512": config.optim.lr_per_512,
+    }
+    for key, value in {**positive, **{k: v for k, v in optional.items() if v is not None}}.items():
+        if not value > 0:
+            raise UserError(f"{key} is {value}; it must be above 0")
+    not_negative = {
+        "run.seed": config.run.seed,
+        "data.workers": config.data.workers,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.clip_grad": config.optim.clip_grad,
+        "schedule.warmup_epochs": config.schedule.warmup_epochs,
+        "schedule.warmup_steps": config.schedule.warmup_steps or 0,
+        "train.eval_every_epochs": config.train.eval_every_epochs,
+        "augment.mixup": config.augment.mixup,
+        "augment.cutmix": config.augment.cutmix,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"{key} is {value}; it must not be negative")
+    fractions = {
+        "data.max_bad_rate": config.data.max_bad_rate,
+        "augment.hflip": config.augment.hflip,
+        "augment.reprob": config.augment.reprob,
+        "augment.mixup_prob": config.augment.mixup_prob,
+        "augment.mixup_switch_prob": config.augment.mixup_switch_prob,
+        "optim.label_smoothing": config.optim.label_smoothing,
+        "optim.ema_decay": config.optim.ema_decay,
+    }
+    for key, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{key} is {value}; it must lie between 0 and 1")
+    if not config.data.train:
+        raise UserError("data.train is empty; name at least one shard directory")
+    if config.data.weights and len(config.data.weights) != len(config.data.train):
+        raise UserError(
+            f"data.weights has {len(config.data.weights)} values for {len(config.data.train)} directories in data.train"
+        )
+    if any(not weight > 0 for weight in config.data.weights):
+        raise UserError(f"data.weights is {list(config.data.weights)}; every weight must be above 0")
+    if (config.optim.lr is None) == (config.optim.lr_per_512 is None):
+        raise UserError(
+            f"set exactly one of optim.lr (absolute) and optim.lr_per_512; they are {config.optim.lr} and "
+            f"{config.optim.lr_per_512}"
+        )
+    low, high = config.augment.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"augment.crop_scale is {[low, high]}; it must be two rising fractions of the area in (0, 1]")
+    if config.schedule.name == "multistep" and not config.schedule.multisteps:
+        raise UserError("schedule.multisteps is empty; list the epochs at which a multistep schedule decays")

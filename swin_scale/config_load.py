@@ -1,0 +1,388 @@
+"""From YAML files and ``a.b=c`` overrides to a `Config`, with the origin of every value; and the diff at resume.
+
+Order of data: `base:` chain of files -> the file -> overrides -> typed dataclasses -> `validate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from swin_scale.config import Config, validate
+from swin_scale.errors import UserError
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_BASE_DEPTH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedConfig:
+    """A validated config and where each of its values came from (``a.b`` -> file:line, override or default)."""
+
+    config: Config
+    origin: Mapping[str, str]
+
+    def dump(self) -> str:
+        """YAML text of the resolved config, each line annotated with its origin."""
+        return dump_config(self.config, self.origin)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read `path` (and what its ``base:`` names), apply ``a.b=c`` overrides, check; raises UserError."""
+    values, origin = _read_tree(Path(path), ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not of the form section.key=value")
+        _set(values, key, parse_yaml(text, f"override {key}"), f"override {override!r}")
+        _forget_below(origin, key)
+        origin[key] = "command line"
+    return config_from_values(values, origin)
+
+
+def config_from_values(values: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> LoadedConfig:
+    """Build and validate a Config from nested plain values."""
+    config = _build(Config, values, "")
+    validate(config)
+    given = dict(origin or {})
+    complete = {key: _origin_of(key, given) for key, _ in flatten(config)}
+    return LoadedConfig(config=config, origin=complete)
+
+
+def config_from_text(text: str, where: str) -> Config:
+    """Parse the resolved ``config.yaml`` of a run or checkpoint."""
+    values = parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds {type(values).__name__}, expected a mapping of sections")
+    return config_from_values(values).config
+
+
+# -- YAML that does what a person expects ------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader in which 1e-3 is a float, 010, on and 12:30:00 are text, and duplicate keys are errors."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:0|[1-9][0-9_]*)\.[0-9_]*|\.[0-9]+|(?:0|[1-9][0-9]*)(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise UserError(f"line {line}: key {key!r} is not text")
+        if key in mapping:
+            raise UserError(f"line {line}: key {key!r} appears twice; remove one")
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace("_", "")))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse one YAML document without tags, aliases or duplicate keys; raises UserError naming `where`."""
+    if len(text) > MAX_CONFIG_BYTES:
+        raise UserError(f"{where} has {len(text)} characters; a config has at most {MAX_CONFIG_BYTES}")
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{where}, line {event.start_mark.line + 1}: YAML aliases are not allowed; use base:")
+            tag = getattr(event, "tag", None)
+            if tag is not None:
+                raise UserError(f"{where}, line {event.start_mark.line + 1}: YAML tag {tag!r} is not allowed")
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if message.startswith(where) else f"{where}, {message}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The nested values of one file over those of its ``base:``, and the origin of each leaf."""
+    path = path.resolve()
+    if path in seen or len(seen) >= MAX_BASE_DEPTH:
+        raise UserError(f"base: {path} is reached twice or nested deeper than {MAX_BASE_DEPTH}: {[*map(str, seen)]}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from error
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path} holds {type(tree).__name__}, expected a mapping of sections")
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    base = tree.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base is {base!r}; name one file, relative to this one")
+        values, origin = _read_tree(path.parent / base, (*seen, path))
+    for key, value in _leaves(tree):
+        _set(values, key, value, str(path))
+        _forget_below(origin, key)
+        origin[key] = path.name
+    return values, origin
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {dotted} names a key below {section!r}, which holds a plain value")
+    values[last] = value
+
+
+def _forget_below(origin: dict[str, str], key: str) -> None:
+    for known in [k for k in origin if k == key or k.startswith(f"{key}.")]:
+        del origin[known]
+
+
+def _origin_of(key: str, origin: Mapping[str, str]) -> str:
+    while key:
+        if key in origin:
+            return origin[key]
+        key = key.rpartition(".")[0]
+    return "default"
+
+
+# -- plain values to typed dataclasses ---------------------------------------------------------------------------------
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix.rstrip('.')} is {values!r}; it is a section with keys {_names(cls)}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key {prefix}{key}{_did_you_mean(f'{prefix}{key}')}")
+    built = {}
+    for name, spec in fields.items():
+        key = f"{prefix}{name}"
+        if name in values:
+            hint = hints[name]
+            section = dataclasses.is_dataclass(hint)
+            built[name] = _build(hint, values[name], f"{key}.") if section else _convert(values[name], hint, key)
+        elif dataclasses.is_dataclass(hints[name]) and spec.default_factory is dataclasses.MISSING:
+            built[name] = _build(hints[name], {}, f"{key}.")
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise UserError(f"{key} is missing; it has no default")
+    return cls(**built)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as type `hint`, without guessing: an int serves as a float, a scalar as a list of one; nothing else."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(value, option, key)
+            except UserError:
+                continue
+    elif origin is Literal:
+        if any(value == option and type(value) is type(option) for option in arguments):
+            return value
+        if isinstance(value, str):
+            near = difflib.get_close_matches(value, [str(a) for a in arguments], n=1)
+            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{key} is {value!r}; it is one of {', '.join(map(str, arguments))}{hint_text}")
+    elif origin is tuple:
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(items))
+        if len(items) == len(arguments) and isinstance(value, (list, tuple)):
+            return tuple(_convert(item, arguments[i], f"{key}[{i}]") for i, item in enumerate(items))
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{key} is {value!r} ({type(value).__name__}); expected {_type_name(hint)}")
+
+
+def _type_name(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"a list of {_type_name(arguments[0])}"
+        return f"a list of {len(arguments)} {_type_name(arguments[0])}"
+    return {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}[hint]
+
+
+def _names(cls: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def all_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree."""
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            keys += all_keys(hint, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _did_you_mean(key: str) -> str:
+    keys = all_keys()
+    sections = [f.name for f in dataclasses.fields(Config)]
+    near = difflib.get_close_matches(key, keys + sections, n=3, cutoff=0.6)
+    last = key.rpartition(".")[2]
+    near += [k for k in keys if k.rpartition(".")[2] == last and k not in near]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else f"; the sections are {', '.join(sections)}"
+
+
+# -- text and diff -----------------------------------------------------------------------------------------------------
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf, in the order of the tree."""
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{prefix}{spec.name}.")
+        else:
+            yield f"{prefix}{spec.name}", value
+
+
+def dump_config(config: Config, origin: Mapping[str, str] | None = None) -> str:
+    """YAML text of `config` that `load_config` reads back to an equal Config."""
+    lines: list[str] = []
+    section = None
+    for key, value in flatten(config):
+        head, _, name = key.rpartition(".")
+        if head != section and head:
+            lines.append(f"{head}:")
+        section = head
+        line = f"{'  ' if head else ''}{name}: {_scalar(value)}"
+        lines.append(f"{line:<60}  # {origin[key]}" if origin else line)
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_scalar(item) for item in value) + "]"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        text = repr(value)
+        return text if "." in text or "e" in text else f"{text}.0"
+    if isinstance(value, int):
+        return str(value)
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+SAFE = (
+    "run.dir",
+    "data.val",
+    "data.workers",
+    "data.prefetch",
+    "data.max_bad_rate",
+    "train.micro_batch",
+    "train.max_steps",
+    "train.eval_every_epochs",
+    "train.eval_batch",
+    "train.log_every",
+    "train.tensorboard",
+    "train.max_skips",
+    "engine.zero_stage",
+    "engine.activation_checkpointing",
+    "engine.bucket_mb",
+    "engine.threads",
+    "engine.timeout_s",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "checkpoint.keep",
+    "init.weights",
+    "init.head",
+)
+"""Keys that may change at a resume without a flag: they leave samples, model and update rule as they were."""
+
+IMPOSSIBLE = (
+    "task",
+    "model.name",
+    "model.num_classes",
+    "model.embed_dim",
+    "model.depths",
+    "model.num_heads",
+    "model.mlp_ratio",
+    "model.in_chans",
+    "model.qkv_bias",
+    "model.ape",
+    "model.patch_norm",
+    "model.extra_norm_interval",
+    "optim.name",
+)
+"""Keys whose change leaves the saved state without a meaning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One key that differs from the checkpoint's config."""
+
+    key: str
+    before: Any
+    after: Any
+    grade: Literal["safe", "needs --allow-change", "impossible"]
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_scalar(self.before)} -> {_scalar(self.after)} ({self.grade})"
+
+
+def diff_configs(before: Config, after: Config) -> list[Change]:
+    """Every difference between a checkpoint's config and the one about to resume from it, graded."""
+    old = dict(flatten(before))
+    changes = []
+    for key, value in flatten(after):
+        if old[key] != value:
+            grade = "safe" if key in SAFE else "impossible" if key in IMPOSSIBLE else "needs --allow-change"
+            changes.append(Change(key=key, before=old[key], after=value, grade=grade))
+    return changes
