@@ -1,0 +1,207 @@
+"""Writing checkpoints: every rank its own file into a temporary directory, one rename by rank 0 commits them all.
+
+The order is ``begin`` (rank 0), ``write_rank_file`` (all ranks, in parallel), ``commit`` (rank 0, with the gathered
+`RankFile` summaries), ``prune`` (rank 0). A kill at any moment leaves the committed checkpoints as they were and at
+most directories that start with a dot, which nobody reads and the next ``begin`` or ``prune`` removes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swin_scale.checkpoint import strictjson
+from swin_scale.checkpoint.manifest import (
+    CONFIG_NAME,
+    FRAGMENTS_NAME,
+    MANIFEST_NAME,
+    STATE_NAME,
+    FileDigest,
+    Fragment,
+    Manifest,
+    RankFile,
+    check_complete,
+    fragment_table,
+)
+from swin_scale.checkpoint.reader import Checkpoint, list_steps, step_directory
+from swin_scale.checkpoint.tensorfile import CHUNK_BYTES, hash_file, write_tensor_file
+from swin_scale.errors import CheckpointError
+from swin_scale.files import fsync_directory, write_atomic
+
+logger = logging.getLogger(__name__)
+
+LATEST_NAME = "latest"
+_LEFTOVER = re.compile(r"\.step_(\d{8,})\.(tmp|old)")
+
+
+def temporary_directory(root: str | os.PathLike[str], step: int) -> Path:
+    """Where step `step` is written before it is committed; a pure function, so ranks need not exchange it."""
+    return Path(root) / f".step_{step:08d}.tmp"
+
+
+def begin(root: str | os.PathLike[str], step: int) -> Path:
+    """Create the empty temporary directory of `step` (rank 0 only); leftovers of an earlier try are removed."""
+    temporary = temporary_directory(root, step)
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{temporary} cannot be created: {error.strerror or error}") from error
+    return temporary
+
+
+def write_rank_file(
+    directory: str | os.PathLike[str], rank: int, fragments: Sequence[Fragment], *, chunk_bytes: int = CHUNK_BYTES
+) -> RankFile:
+    """Write what `rank` holds to ``rank{rank:05d}.safetensors``, hashed while written, fsynced.
+
+    Extra memory is one buffer of `chunk_bytes` when a fragment is not a contiguous CPU tensor, and none otherwise.
+    Raises CheckpointError naming the file when it cannot be written; the part is removed.
+    """
+    path = Path(directory) / f"rank{rank:05d}.safetensors"
+    kept = [fragment for fragment in fragments if fragment.data.numel()]
+    for fragment in kept:
+        assert fragment.data.dim() == 1, f"{fragment.name}: data is {fragment.data.dim()}-D"
+        numel = int(np.prod(fragment.shape, dtype=np.int64))
+        end = fragment.start + fragment.data.numel()
+        assert 0 <= fragment.start < end <= numel, f"{fragment.name}: elements {fragment.start} to {end} of {numel}"
+    tensors = [(_key(fragment.kind, fragment.name, fragment.start), fragment.data) for fragment in kept]
+    metadata = {"format": "pt", "swin_scale": "fragments/1"}
+    written = write_tensor_file(path, tensors, metadata, chunk_bytes=chunk_bytes)
+    entries = {entry.name: entry for entry in written.entries}
+    rows = []
+    for (key, data), fragment in zip(tensors, kept):
+        entry = entries[key]
+        rows.append((fragment.kind, fragment.name, fragment.start, data.numel(), entry.begin, entry.dtype))
+    return RankFile(name=path.name, bytes=written.bytes, xxh3_128=written.xxh3_128, fragments=tuple(rows))
+
+
+def _key(kind: str, name: str, start: int) -> str:
+    return f"{kind}/{name}@{start}"
+
+
+def commit(
+    temporary: Path,
+    *,
+    step: int,
+    rank_files: Sequence[RankFile],
+    state: Mapping[str, Any],
+    config_text: str,
+    parameters: Mapping[str, Mapping[str, Any]],
+    model: Mapping[str, Any],
+) -> Path:
+    """Make the files in `temporary` the checkpoint of `step` (rank 0 only); returns its directory.
+
+    Checks that the ranks' fragments cover every parameter exactly once per kind, writes ``fragments.npy``,
+    ``state.json``, ``config.yaml`` and ``manifest.json``, fsyncs, and renames. An older checkpoint of the same step is
+    moved aside first and removed afterwards. `state`, `parameters` and `model` must be JSON without NaN. Raises
+    CheckpointError (incomplete fragments, full disk); `temporary` is then removed.
+    """
+    root = temporary.parent
+    target = step_directory(root, step)
+    files = tuple(sorted(rank_files, key=lambda file: file.name))
+    present = {row[0] for file in files for row in file.fragments}
+    kinds = tuple(sorted(present, key=lambda kind: (kind != "master", kind)))
+    try:
+        table = fragment_table(files, kinds, parameters)
+        np.save(temporary / FRAGMENTS_NAME, table, allow_pickle=False)
+        (temporary / STATE_NAME).write_bytes(strictjson.dumps(dict(state), indent=1) + b"\n")
+        (temporary / CONFIG_NAME).write_bytes(config_text.encode())
+        digests = {file.name: FileDigest(bytes=file.bytes, xxh3_128=file.xxh3_128) for file in files}
+        for name in (FRAGMENTS_NAME, STATE_NAME, CONFIG_NAME):
+            _fsync_file(temporary / name)
+            size, digest = hash_file(temporary / name)
+            digests[name] = FileDigest(bytes=size, xxh3_128=digest)
+        manifest = Manifest(
+            step=step,
+            files=digests,
+            rank_files=tuple(file.name for file in files),
+            kinds=kinds,
+            parameters=parameters,
+            model=model,
+        )
+        check_complete(table, manifest, str(target))
+        write_atomic(temporary / MANIFEST_NAME, manifest.encode())
+        if target.exists():
+            _move_aside(target)
+        os.rename(temporary, target)
+        fsync_directory(root)
+        write_atomic(root / LATEST_NAME, f"{target.name}\n".encode())
+    except OSError as error:
+        discard(temporary)
+        reason = error.strerror or error
+        raise CheckpointError(f"{target} cannot be written: {reason}; free space or fix the path") from error
+    except CheckpointError:
+        discard(temporary)
+        raise
+    _remove_leftovers(root, up_to=step)
+    return target
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary directory after a failed save (rank 0 only); what cannot be removed is logged and left."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.exists():
+        logger.warning("%s cannot be removed whole; remove it by hand", temporary)
+
+
+def _fsync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _move_aside(target: Path) -> Path:
+    """Rename a committed checkpoint, so that a kill during its removal leaves no half of it under a committed name."""
+    aside = target.with_name(f".{target.name}.old")
+    discard(aside)
+    os.rename(target, aside)
+    return aside
+
+
+def _remove_leftovers(root: Path, *, up_to: int) -> None:
+    """Remove what killed saves and removals left, for steps `up_to` and below; a save in progress is above."""
+    for entry in root.iterdir():
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match and int(match[1]) <= up_to:
+            discard(entry)
+
+
+def prune(root: str | os.PathLike[str], keep: int, *, verify: bool = True) -> list[int]:
+    """Delete all but the newest `keep` checkpoints (rank 0 only); returns the deleted steps.
+
+    Before anything is deleted one of the kept must verify; when none does, the newest good one among the older is kept
+    too. ``verify=False`` trusts sizes and the small files and does not read the tensors back: for large runs whose
+    ranks verify their own files in parallel. Also removes what killed saves left.
+    """
+    assert keep >= 1, keep
+    root = Path(root)
+    steps = list_steps(root)
+    if not steps:
+        return []
+    kept, doomed = steps[-keep:], steps[:-keep]
+    if doomed and not any(_is_good(root, step, verify) for step in reversed(kept)):
+        saved = next((step for step in reversed(doomed) if _is_good(root, step, verify)), None)
+        doomed = [step for step in doomed if step != saved]
+    for step in doomed:
+        discard(_move_aside(step_directory(root, step)))
+    if doomed:
+        fsync_directory(root)
+    _remove_leftovers(root, up_to=steps[-1])
+    return doomed
+
+
+def _is_good(root: Path, step: int, verify: bool) -> bool:
+    try:
+        Checkpoint.open(step_directory(root, step), verify=verify).close()
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        return False
+    return True
