@@ -236,9 +236,7 @@ def batch_plan(config: Config, ranks: int) -> BatchPlan:
             f"the micro-batch is {micro}, but mixup and cutmix pair neighbours, so it must be even; "
             "change train.micro_batch, or set augment.mixup_prob=0"
         )
-    return BatchPlan(
-        global_batch=batch, per_rank=per_rank, micro=micro, accumulation=per_rank // micro, ranks=ranks
-    )
+    return BatchPlan(global_batch=batch, per_rank=per_rank, micro=micro, accumulation=per_rank // micro, ranks=ranks)
 
 
 def learning_rate_scale(config: Config) -> float:

@@ -1,0 +1,236 @@
+"""The command line: parse, import late, print, and turn errors into exit codes. The only file that prints results.
+
+Exit codes: 0 done; 2 wrong input; 3 data; 4 checkpoint; 5 diverged; 6 a peer was lost; 75 preempted and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from swin_scale.errors import SwinScaleError, UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.handler(arguments) or 0)
+    except SwinScaleError as error:
+        print(f"swin-scale: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("swin-scale: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs; importing nothing heavier than argparse, so that --help answers at once."""
+    from data_prep.cli import add_parser as add_shards
+
+    parser = argparse.ArgumentParser(prog="swin-scale", description="Pretrain Swin Transformers at scale.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_shards(verbs)
+
+    train = verbs.add_parser("train", help="one run; the same command resumes it")
+    _config_arguments(train)
+    train.add_argument("--allow-change", action="store_true", help="resume although keys changed that alter training")
+    train.set_defaults(handler=_train)
+
+    launch = verbs.add_parser("launch", help="start `train` on several processes")
+    where = launch.add_subparsers(dest="where", required=True)
+    local = where.add_parser("local", help="on this machine")
+    local.add_argument("--nproc", type=int, required=True, help="processes to start, one per GPU where there are GPUs")
+    _config_arguments(local)
+    local.add_argument("--allow-change", action="store_true", help="passed on to `train`")
+    local.set_defaults(handler=_launch_local)
+
+    evaluate = verbs.add_parser("eval", help="top-1 and top-5 over shards")
+    _weights_arguments(evaluate)
+    evaluate.add_argument("--data", nargs="+", required=True, metavar="DIR", help="shard directories")
+    evaluate.add_argument("--img-size", type=int, help="input size in pixels; default: the model's")
+    evaluate.add_argument("--squash", action="store_true", help="resize to the square instead of cropping the centre")
+    evaluate.add_argument("--batch", type=int, default=64)
+    evaluate.add_argument("--workers", type=int, default=2)
+    evaluate.set_defaults(handler=_evaluate)
+
+    predict = verbs.add_parser("predict", help="labels for image files, with names")
+    _weights_arguments(predict)
+    predict.add_argument("images", nargs="+", help="image files or folders")
+    predict.add_argument("--img-size", type=int, help="input size in pixels; default: the model's")
+    predict.add_argument("--topk", type=int, default=5)
+    predict.add_argument("--json", action="store_true", help="one JSON object per image")
+    predict.set_defaults(handler=_predict)
+
+    convert = verbs.add_parser("convert", help="any known checkpoint to one weight file, with a receipt")
+    convert.add_argument("source", help="run directory, checkpoint directory, .pth or .safetensors")
+    convert.add_argument("destination", help="file to write")
+    convert.add_argument("--to", required=True, choices=("official", "safetensors"), help="format to write")
+    convert.add_argument("--ema", action="store_true", help="take the moving average of the weights")
+    convert.set_defaults(handler=_convert)
+
+    inspect = verbs.add_parser("inspect", help="what is in a checkpoint, a weight file, a shard set, a config")
+    inspect.add_argument("path")
+    inspect.set_defaults(handler=_inspect)
+
+    configs = verbs.add_parser("configs", help="the shipped recipes")
+    which = configs.add_subparsers(dest="which", required=True)
+    which.add_parser("list", help="every recipe with its first line").set_defaults(handler=_configs_list)
+    show = which.add_parser("show", help="one recipe, resolved, with where each value came from")
+    _config_arguments(show)
+    show.set_defaults(handler=_configs_show)
+
+    bench = verbs.add_parser("bench", help="side-by-side ratios against the peers, in one run")
+    bench.add_argument("name", choices=("model",))
+    bench.add_argument("--model", default="swinv2_tiny_patch4_window8_256")
+    bench.add_argument("--batch", type=int, default=8)
+    bench.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    bench.add_argument("--threads", type=int, default=2)
+    bench.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
+    bench.add_argument("--mode", choices=("forward", "both"), default="both")
+    bench.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    bench.set_defaults(handler=_bench)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values to set over the file's")
+
+
+def _weights_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", required=True, help="run directory, checkpoint directory, .pth or .safetensors")
+    parser.add_argument("--model", help="model name; needed for weight files that do not name theirs")
+    parser.add_argument("--ema", action="store_true", help="take the moving average of the weights")
+
+
+def _find_config(name: str) -> Path:
+    """A path as given, or a shipped recipe by its stem or its path below ``configs/``."""
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    import difflib
+
+    stems = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in sorted(CONFIGS.rglob("*.yaml"))]
+    near = difflib.get_close_matches(name, stems, n=2)
+    raise UserError(
+        f"config {name!r} is neither a file nor a shipped recipe"
+        + (f"; did you mean {' or '.join(near)}?" if near else "; `swin-scale configs list` names them")
+    )
+
+
+def _load(arguments: argparse.Namespace):
+    from swin_scale.config_load import load_config
+
+    return load_config(_find_config(arguments.config), arguments.overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    loaded = _load(arguments)
+    from swin_scale.train import run
+
+    return run(loaded, allow_change=arguments.allow_change)
+
+
+def _launch_local(arguments: argparse.Namespace) -> int:
+    from launcher.local import launch_local
+    from swin_scale.config import batch_plan
+
+    batch_plan(_load(arguments).config, arguments.nproc)
+    command = ["train", str(_find_config(arguments.config)), *arguments.overrides]
+    return launch_local(arguments.nproc, command + ["--allow-change"] * arguments.allow_change)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import json
+
+    from swin_scale.evaluate import evaluate_weights
+
+    print(
+        json.dumps(
+            evaluate_weights(
+                arguments.weights,
+                arguments.data,
+                model=arguments.model,
+                kind="ema" if arguments.ema else "master",
+                img_size=arguments.img_size,
+                crop=not arguments.squash,
+                batch=arguments.batch,
+                workers=arguments.workers,
+            )
+        )
+    )
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    import json
+
+    from swin_scale.predict import image_files, load_predictor
+
+    predictor = load_predictor(
+        arguments.weights,
+        model=arguments.model,
+        kind="ema" if arguments.ema else "master",
+        img_size=arguments.img_size,
+    )
+    for path in image_files(arguments.images):
+        guesses = predictor(path, topk=arguments.topk)
+        if arguments.json:
+            print(json.dumps({"image": str(path), "predictions": [guess.as_dict() for guess in guesses]}))
+        else:
+            print(path)
+            for guess in guesses:
+                print(f"  {guess.probability:7.2%}  {guess.label:>6}  {guess.name}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from swin_scale.convert import convert
+
+    kind = "ema" if arguments.ema else "master"
+    print(convert(arguments.source, arguments.destination, to=arguments.to, kind=kind))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from swin_scale.inspect import describe
+
+    print(describe(arguments.path))
+    return 0
+
+
+def _configs_list(arguments: argparse.Namespace) -> int:
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        print(f"{path.relative_to(CONFIGS).with_suffix('').as_posix():<40} {first}")
+    return 0
+
+
+def _configs_show(arguments: argparse.Namespace) -> int:
+    print(_load(arguments).dump(), end="")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.model import bench_model
+
+    print(
+        bench_model(
+            arguments.model,
+            batch=arguments.batch,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+            official=arguments.official,
+            backward=arguments.mode == "both",
+            out=arguments.out,
+        )
+    )
+    return 0
