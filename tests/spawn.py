@@ -116,11 +116,8 @@ def spawn_dist(world: int, function: Callable[..., Any], *args: Any, timeout: fl
 def _with_dist(function: Callable[..., Any], *args: Any) -> Any:
     from swin_scale.engine.dist import init, read_env
 
-    dist = init(read_env(os.environ), timeout_s=30)
-    try:
+    with init(read_env(os.environ), timeout_s=30, device="cpu") as dist:
         return function(dist, *args)
-    finally:
-        dist.close()
 
 
 def _run(

@@ -1,0 +1,162 @@
+"""Joining and the host-side exchanges, on real gloo processes."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed
+
+import swin_scale.engine.dist as dist_module
+from swin_scale.engine.dist import Dist, device_index, init, is_peer_loss, peer_loss, read_env
+from swin_scale.errors import PeerLostError, UserError
+from tests.spawn import free_port, spawn, spawn_dist, torchrun_environment
+
+
+def _exchange(dist: Dist) -> dict:
+    report = {
+        "gathered": dist.gather_json("shards", {"rank": dist.rank, "text": "é"}),
+        "broadcast": dist.broadcast_json("plan", {"seed": 7} if dist.is_main else None),
+        "ints": dist.sum_ints([dist.rank, 2**40]),
+        "floats": dist.sum_floats([0.1 * (dist.rank + 1)]),
+        "rows": dist.all_gather_ints([dist.rank, -dist.rank]),
+        "agree": [dist.all_agree(True), dist.all_agree(dist.rank == 0)],
+        "any": [dist.any_rank(False), dist.any_rank(dist.rank == 0)],
+    }
+    for number in range(20):
+        dist.barrier(f"commit {number}")
+    tensor = torch.full((3,), float(dist.rank))
+    torch.distributed.all_reduce(tensor)
+    report["reduced"] = tensor.tolist()
+    dist.barrier("last")
+    # Only rank 0 deletes what it collected, so only it is sure to be done with it.
+    report["keys"] = [key for key in dist.store.list_keys() if "goodbye" not in key and "swin_scale" in key]
+    return report
+
+
+def test_exchanges_of_three_ranks():
+    reports = spawn_dist(3, _exchange)
+    assert reports[0]["gathered"] == [{"rank": rank, "text": "é"} for rank in range(3)]
+    assert [report["gathered"] for report in reports[1:]] == [None, None]
+    for report in reports:
+        assert report["broadcast"] == {"seed": 7}
+        assert report["ints"] == [3, 3 * 2**40]
+        assert report["floats"] == [0.1 + 0.2 + 0.1 * 3]
+        assert report["rows"] == [[0, 0], [1, -1], [2, -2]]
+        assert report["agree"] == [True, False]
+        assert report["any"] == [False, True]
+        assert report["reduced"] == [3.0] * 3
+
+
+def _leave_keys(dist: Dist) -> int:
+    for number in range(50):
+        dist.gather_json("a", number)
+        dist.broadcast_json("b", number)
+        dist.barrier("c")
+    dist.sum_ints([0])
+    time.sleep(0.2)  # the last reader deletes after rank 0 went on
+    return sum("swin_scale" in key for key in dist.store.list_keys())
+
+
+def test_keys_are_deleted_after_use():
+    # What may be left: the readers that were still on their way out of the last exchange.
+    assert max(spawn_dist(2, _leave_keys)) <= 2
+
+
+def test_one_process_needs_no_port(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "TCPStore", None)
+    with init(read_env({}), timeout_s=5, device="cpu") as dist:
+        assert (dist.rank, dist.world, dist.backend) == (0, 1, "gloo")
+        assert torch.distributed.is_initialized()
+        tensor = torch.ones(2)
+        torch.distributed.all_reduce(tensor)
+        assert tensor.tolist() == [1.0, 1.0]
+        assert dist.gather_json("tag", {"a": 1}) == [{"a": 1}]
+        assert dist.broadcast_json("tag", [1]) == [1]
+        assert dist.sum_floats([0.5]) == [0.5]
+        assert dist.all_agree(True) and not dist.any_rank(False)
+        dist.barrier("tag")
+    assert not torch.distributed.is_initialized()
+
+
+def _lose_one(dist: Dist) -> list[str]:
+    dist_module.GOODBYE_S = 0.1  # nobody is left to say it
+    if dist.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    messages = []
+    if dist.rank == 0:
+        with pytest.raises(PeerLostError) as caught:
+            dist.gather_json("fragments", 0, timeout_s=0.5)
+        messages.append(str(caught.value))
+    else:
+        dist.gather_json("fragments", 0, timeout_s=0.5)
+    for call in (lambda: dist.barrier("commit", timeout_s=1.5), lambda: dist.sum_ints([1])):
+        with pytest.raises(PeerLostError) as caught:
+            call()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_dead_rank_is_named():
+    first, _, third = spawn_dist(3, _lose_one, may_die=[1])
+    assert first[0].startswith("gathering 'fragments': no answer from rank 1 within 0.5 s")
+    assert first[1].startswith("barrier 'commit': no answer from rank 1 within 1.5 s")
+    assert third[0].startswith("barrier 'commit': no answer from rank 1 within 1.5 s")
+    assert "another rank died or hung" in first[2]
+    assert "another rank died or hung" in third[1]
+
+
+def _lose_the_first(dist: Dist) -> str:
+    if dist.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(PeerLostError) as caught:
+        dist.broadcast_json("plan", None, timeout_s=20)
+    return str(caught.value)
+
+
+def test_the_death_of_the_store_is_noticed_at_once():
+    start = time.monotonic()
+    _, message = spawn_dist(2, _lose_the_first, may_die=[0])
+    assert message.startswith("broadcast of 'plan': another rank died or hung")
+    assert time.monotonic() - start < 15
+
+
+def _join_alone(rank: str) -> str | None:
+    if os.environ["RANK"] != rank:
+        return None
+    with pytest.raises(PeerLostError) as caught:
+        init(read_env(os.environ), timeout_s=1)
+    return str(caught.value)
+
+
+def test_a_rank_that_never_came_is_named():
+    assert spawn(3, _join_alone, "0")[0].startswith("joining the run: no answer from rank 1, 2 within 1 s")
+    assert "rank 1 could not reach rank 0 at 127.0.0.1:" in spawn(2, _join_alone, "1")[1]
+
+
+def test_a_taken_port_and_an_unknown_master_are_the_users_to_fix(monkeypatch):
+    port = free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", port, 1, True)
+    environ = torchrun_environment(0, 2, port)
+    with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is in use"):
+        init(read_env(environ), timeout_s=2, device="cpu")
+    del store
+    with pytest.raises(UserError, match=r"MASTER_ADDR 'no-such-host\.invalid' does not resolve"):
+        init(read_env({**environ, "MASTER_ADDR": "no-such-host.invalid"}), timeout_s=0.5, device="cpu")
+
+
+def test_device_of_a_local_rank():
+    assert [device_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert device_index(3, 1) == 0  # each task sees only its own GPU
+    with pytest.raises(UserError, match="start at most 2 processes"):
+        device_index(2, 2)
+
+
+def test_only_errors_of_peers_are_translated():
+    with pytest.raises(PeerLostError, match="step 3: another rank died"), peer_loss("step 3"):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    with pytest.raises(RuntimeError, match="shapes"), peer_loss("step 3"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert is_peer_loss(PeerLostError("x"))
+    assert not is_peer_loss(ValueError("timed out"))
