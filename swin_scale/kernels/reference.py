@@ -1,0 +1,93 @@
+"""Every op in plain torch: the definition that faster versions are tested against.
+
+Feature maps are (B, H, W, C), windows (B * nW, N, C) with N = window height x window width; windows are ordered
+row-major inside an image and images are outermost. Sizes are (height, width) pairs.
+"""
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+MASKED = -100.0
+"""Added to the logit of a pair that a shifted window joins across the image border (Swin, section 3.2).
+
+Not -inf: the official models were trained with -100, and SwinV2 logits reach +-116, so it must be the same number.
+"""
+
+NORM_FLOOR = 1e-6
+"""Rows of q and k shorter than this get no gradient: that of v / |v| grows as 1 / |v| and is NaN in fp16 at zero."""
+
+
+def window_partition(x: Tensor, window_size: Size, shift_size: Size = (0, 0)) -> Tensor:
+    """(B, H, W, C) to windows (B * nW, N, C), after rolling the map by `-shift_size`. H and W must divide."""
+    B, H, W, C = x.shape
+    wh, ww = window_size
+    if any(shift_size):
+        x = x.roll((-shift_size[0], -shift_size[1]), (1, 2))
+    return x.view(B, H // wh, wh, W // ww, ww, C).transpose(2, 3).reshape(-1, wh * ww, C)
+
+
+def window_reverse(windows: Tensor, window_size: Size, shift_size: Size, hw: Size) -> Tensor:
+    """Inverse of `window_partition`: (B * nW, N, C) back to (B, H, W, C) with (H, W) = `hw`."""
+    (wh, ww), (H, W) = window_size, hw
+    x = windows.view(-1, H // wh, W // ww, wh, ww, windows.shape[-1]).transpose(2, 3).reshape(-1, H, W, windows.shape[-1])
+    return x.roll(shift_size, (1, 2)) if any(shift_size) else x
+
+
+def shift_regions(hw: Size, window_size: Size, shift_size: Size, device: torch.device | None = None) -> Tensor:
+    """Region of each token of the rolled map, (nW, N) int64: tokens attend to each other only within a region.
+
+    Along an axis that is shifted there are three: before the last window, the last window up to the seam, after it.
+    """
+    rows, cols = (
+        (at >= size - window).long() + (at >= size - shift).long() if shift else torch.zeros_like(at)
+        for at, size, window, shift in (
+            (torch.arange(size, device=device), size, window, shift)
+            for size, window, shift in zip(hw, window_size, shift_size, strict=True)
+        )
+    )
+    regions = (rows[:, None] * 3 + cols)[None, :, :, None]
+    return window_partition(regions, window_size).squeeze(-1)
+
+
+def shift_mask(regions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(nW, N) regions to the additive mask (nW, N, N): 0 inside a region, -100 between regions."""
+    return (regions[:, :, None] != regions[:, None, :]).to(dtype).mul_(MASKED)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) over the last axis; rows below `NORM_FLOOR` pass no gradient."""
+    norm = x.detach().norm(dim=-1, keepdim=True)
+    safe = torch.where(norm < NORM_FLOOR, x.detach(), x)
+    return safe / torch.where(norm < NORM_FLOOR, norm, safe.norm(dim=-1, keepdim=True)).clamp_min(1e-12)
+
+
+def window_attention(
+    qkv: Tensor, scale: Tensor, bias: Tensor, window_size: Size, shift_size: Size = (0, 0), cosine: bool = False
+) -> Tensor:
+    """Self-attention inside (shifted) windows, from image layout to image layout.
+
+    logits = q kᵀ · scale + bias (+ the shift mask), with q and k of unit length when `cosine` (SwinV2, section 3.2).
+
+    Args:
+        qkv: (B, H, W, 3C), q, k, v in this order, each split into `heads` groups of channels.
+        scale: (heads, 1, 1), in the dtype to compute in (fp32 for half-precision models).
+        bias: (heads, N, N), same dtype as `scale`.
+        window_size, shift_size: pairs; H and W are multiples of the window.
+        cosine: normalise q and k.
+
+    Returns: (B, H, W, C) in the dtype of `qkv`.
+    """
+    B, H, W, C3 = qkv.shape
+    heads, N, _ = bias.shape
+    windows = window_partition(qkv, window_size, shift_size).to(bias.dtype)
+    q, k, v = windows.view(-1, N, 3, heads, C3 // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    if cosine:
+        q, k = unit_rows(q), unit_rows(k)
+    logits = (q * scale) @ k.transpose(-2, -1) + bias
+    if any(shift_size):
+        mask = shift_mask(shift_regions((H, W), window_size, shift_size, qkv.device), bias.dtype)
+        logits = (logits.view(B, -1, heads, N, N) + mask[:, None]).view_as(logits)
+    out = (logits.softmax(-1) @ v).transpose(1, 2).reshape(-1, N, C3 // 3)
+    return window_reverse(out, window_size, shift_size, (H, W)).to(qkv.dtype)

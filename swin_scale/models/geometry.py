@@ -1,0 +1,105 @@
+"""Shapes of a variant, stage by stage: what the modules are built from, and where impossible sizes are refused.
+
+No torch here.
+"""
+
+from dataclasses import dataclass
+
+from swin_scale.errors import UserError
+from swin_scale.models.variants import Pair, Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage: `depth` blocks on a map of `resolution` tokens (height, width)."""
+
+    dim: int
+    depth: int
+    heads: int
+    resolution: Pair
+    window_size: Pair
+    shift_size: Pair
+    """Of the odd blocks; even ones do not shift."""
+    pretrained_window_size: int
+
+
+def pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def stages(v: Variant) -> list[Stage]:
+    """The stages of `v`. Raises UserError, naming valid values near by, when its sizes do not fit together."""
+    _check(v)
+    resolution = _tokens(v)
+    pretrained = v.pretrained_window_sizes or (0,) * len(v.depths)
+    result = []
+    for i, (depth, heads) in enumerate(zip(v.depths, v.num_heads, strict=True)):
+        hw = (resolution[0] >> i, resolution[1] >> i)
+        # A window as large as the map covers it: no shift ("<=", not "<"), and never larger than the map.
+        window = tuple(min(w, size) for w, size in zip(pair(v.window_size), hw, strict=True))
+        shift = tuple(0 if size <= w else w // 2 for w, size in zip(pair(v.window_size), hw, strict=True))
+        result.append(
+            Stage(
+                dim=v.embed_dim << i,
+                depth=depth,
+                heads=heads,
+                resolution=hw,
+                window_size=window,
+                shift_size=shift,
+                pretrained_window_size=pretrained[i],
+            )
+        )
+    return result
+
+
+def _tokens(v: Variant) -> Pair:
+    height, width = pair(v.img_size)
+    return height // v.patch_size, width // v.patch_size
+
+
+def _check(v: Variant) -> None:
+    def refuse(key: str, value: object, why: str) -> None:
+        raise UserError(f"model.{key}: {value} {why}")
+
+    count = len(v.depths)
+    if not count or min(v.depths) < 1:
+        refuse("depths", v.depths, "is not one positive count for each stage")
+    if len(v.num_heads) != count:
+        refuse("num_heads", v.num_heads, f"has {len(v.num_heads)} entries for {count} stages; give one for each")
+    if v.pretrained_window_sizes and len(v.pretrained_window_sizes) != count:
+        refuse("pretrained_window_sizes", v.pretrained_window_sizes, f"needs {count} entries, one for each stage, or ()")
+    for i, heads in enumerate(v.num_heads):
+        if heads < 1 or (v.embed_dim << i) % heads:
+            refuse("num_heads", v.num_heads, f"does not divide the {v.embed_dim << i} channels of stage {i}")
+    if min(pair(v.window_size)) < 1:
+        refuse("window_size", v.window_size, "must be at least 1")
+    if not 0 <= v.drop_path_rate < 1:
+        refuse("drop_path_rate", v.drop_path_rate, "must be in [0, 1)")
+    if not 0 <= v.drop_rate < 1:
+        refuse("drop_rate", v.drop_rate, "must be in [0, 1)")
+    if v.num_classes < 0:
+        refuse("num_classes", v.num_classes, "must be 0 (no head) or more")
+    if v.activation_checkpointing not in ("off", "block", "selective"):
+        refuse("activation_checkpointing", repr(v.activation_checkpointing), "must be off, block or selective")
+    for axis, size, window in zip(("height", "width"), pair(v.img_size), pair(v.window_size), strict=True):
+        if not _fits(size, window, v):
+            near = ", ".join(map(str, valid_sizes(size, window, v)))
+            refuse("img_size", v.img_size, f"does not fit window_size {window} in {axis}; valid sizes near {size}: {near}")
+
+
+def _fits(size: int, window: int, v: Variant) -> bool:
+    """Whether an image side divides into patches, halves at every merging, and fills whole windows in every stage."""
+    stride = v.patch_size << (len(v.depths) - 1)
+    if size < stride or size % stride:
+        return False
+    sides = [size // v.patch_size >> i for i in range(len(v.depths))]
+    return all(side % min(side, window) == 0 for side in sides)
+
+
+def valid_sizes(size: int, window: int, v: Variant) -> list[int]:
+    """Up to two valid image sides below and two above `size` (pixels)."""
+    stride = v.patch_size << (len(v.depths) - 1)
+    # Multiples of stride * window always fit, so the search ends within that distance.
+    reach = max(size, 0) + 2 * stride * window + stride
+    fitting = [side for side in range(stride, reach + 1, stride) if _fits(side, window, v)]
+    return [s for s in fitting if s < size][-2:] + [s for s in fitting if s > size][:2]

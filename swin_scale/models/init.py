@@ -1,0 +1,51 @@
+"""The official initialisation, as one function of the module tree and a seed.
+
+| parameter | value |
+|---|---|
+| weights of Linear and Conv1d, V1 bias tables, absolute position | normal, std 0.02 |
+| patch embedding (Conv2d) weight and bias | uniform within 1 / sqrt(fan in), torch's default |
+| LayerNorm | 1 and 0; after a V2 branch both 0, so that a block starts as the identity (SwinV2, section 3.1) |
+| logit_scale | ln 10 |
+| every other bias | 0 |
+
+The official code cuts the normal at +-2, a hundred standard deviations, so a plain normal is the same distribution.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+STD = 0.02
+INITIAL_LOGIT_SCALE = math.log(10.0)
+
+
+@torch.no_grad()
+def init_parameters(model: nn.Module, seed: int) -> None:
+    """Initialise all parameters of `model`, in the order of its modules, from a generator of their own.
+
+    Values are drawn on the CPU in fp32 whatever the device and dtype of the model, so that the same seed gives the
+    same weights everywhere; a meta -> to_empty -> init_weights model equals one built directly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.copy_(_initial(module, name, parameter, generator))
+    for module in model.modules():
+        if getattr(module, "post_norm_block", False):
+            for norm in (module.norm1, module.norm2):
+                norm.weight.zero_()
+                norm.bias.zero_()
+
+
+def _initial(module: nn.Module, name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    if isinstance(module, nn.LayerNorm):
+        return torch.full((), 1.0 if name == "weight" else 0.0)
+    if isinstance(module, nn.Conv2d):
+        bound = module.weight[0].numel() ** -0.5
+        return torch.empty(like.shape).uniform_(-bound, bound, generator=generator)
+    if name == "logit_scale":
+        return torch.full((), INITIAL_LOGIT_SCALE)
+    if name.endswith("bias"):
+        return torch.zeros(())
+    return torch.empty(like.shape).normal_(std=STD, generator=generator)

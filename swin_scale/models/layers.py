@@ -1,0 +1,126 @@
+"""Parts that V1, V2 and Swin-MLP share. Feature maps are (B, H, W, C) throughout, as the matrix products want them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from swin_scale.models.variants import Pair
+
+
+class Linear(nn.Linear):
+    """A Linear that leaves its parameters to `init_weights`, computes in the input's dtype, and may borrow a bias."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: drawing weights twice would double the time to build a model of billions."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: (..., in). `bias`: (out,), used instead of the layer's own (SwinV2 keeps q and v biases elsewhere)."""
+        bias = self.bias if bias is None else bias
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class Mlp(nn.Module):
+    """(..., dim) to (..., dim): linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int, drop: float) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = dropout(F.gelu(self.fc1(x)), self.drop, self.training)
+        return dropout(self.fc2(x), self.drop, self.training)
+
+
+class PatchProjection(nn.Conv2d):
+    """The convolution of the patch embedding, whose parameters are left to `init_weights`."""
+
+    def reset_parameters(self) -> None:
+        """Nothing; see `Linear`."""
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, H, W) to tokens (B, H / patch, W / patch, dim)."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, norm: bool) -> None:
+        super().__init__()
+        self.proj = PatchProjection(in_chans, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x).permute(0, 2, 3, 1).contiguous()
+        return x if self.norm is None else self.norm(x)
+
+
+class PatchMerging(nn.Module):
+    """(B, H, W, C) to (B, H/2, W/2, 2C): each 2 x 2 neighbourhood into one token, normed before (V1) or after (V2)."""
+
+    def __init__(self, dim: int, post_norm: bool) -> None:
+        super().__init__()
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm((2 if post_norm else 4) * dim)
+        self.post_norm = post_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        # Channel groups run down a column first: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
+        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
+        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    return F.dropout(x, rate) if training and rate else x
+
+
+def residual(x: Tensor, branch: Tensor, drop_path: float, training: bool) -> Tensor:
+    """x + branch; in training the branch of each sample is dropped with probability `drop_path`, or scaled up.
+
+    Stochastic depth (Huang et al., 2016), drawn from torch's default generator.
+    """
+    if not (training and drop_path):
+        return x + branch
+    keep = 1 - drop_path
+    kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(keep).div_(keep)
+    return torch.addcmul(x, branch, kept)
+
+
+def recompute(mode: str, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """function(*args) under activation checkpointing `mode`: 'off', 'block', or 'selective' (attention is kept)."""
+    if mode == "off" or not torch.is_grad_enabled():
+        return function(*args)
+    if mode == "block":
+        return checkpoint(function, *args, use_reentrant=False)
+    kept = [torch.ops.swin_scale.window_attention.default]
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp32 for half precision, the tensor's own dtype otherwise: for logit scale, norms, softmax and position bias."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def relative_position_index(window_size: Pair, device: torch.device | None = None) -> Tensor:
+    """(N, N) int64: row of the table of relative offsets, ((2h-1) * (2w-1) rows), for each pair of tokens."""
+    h, w = window_size
+    rows, cols = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    rows, cols = rows.flatten(), cols.flatten()
+    return (rows[:, None] - rows + h - 1) * (2 * w - 1) + cols[:, None] - cols + w - 1
+
+
+def relative_coords_table(window_size: Pair, pretrained: int = 0, device: torch.device | None = None) -> Tensor:
+    """(1, 2h-1, 2w-1, 2) fp32: log-spaced offsets in units of the (pretrained) window (SwinV2, equations 3 and 4).
+
+    A window of one token has the single offset 0, so its unit, 1 - 1, is taken as 1.
+    """
+    axes = []
+    for size in window_size:
+        offset = torch.arange(1 - size, size, dtype=torch.float32, device=device)
+        scaled = offset / max((pretrained or size) - 1, 1) * 8
+        axes.append(scaled.sign() * torch.log2(scaled.abs() + 1.0) / 3.0)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[None]

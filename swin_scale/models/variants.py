@@ -1,0 +1,166 @@
+"""Every named model: the released sizes under their official config stems, the billion-parameter ones, and nano sizes.
+
+A name is an architecture plus the image size, class count and drop-path rate of its official config. No torch here.
+"""
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from swin_scale.errors import UserError
+
+Pair = tuple[int, int]
+IN1K_CLASSES, IN22K_CLASSES = 1000, 21841
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """All that defines a model. Every field can be overridden by name in `create_model`."""
+
+    family: Literal["swin", "swinv2", "swin_mlp"]
+    """Pre-norm dot-product attention, post-norm cosine attention, or a spatial MLP in place of attention."""
+    img_size: int | Pair
+    """Pixels, one side of a square or (height, width)."""
+    window_size: int | Pair
+    """Tokens; clamped to the feature map, each axis by itself."""
+    embed_dim: int
+    """Channels of the first stage; each later stage doubles them."""
+    depths: tuple[int, ...]
+    """Blocks of each stage."""
+    num_heads: tuple[int, ...]
+    """Heads of each stage."""
+    drop_path_rate: float
+    """Of the last block; rises linearly from 0 in the first."""
+    num_classes: int = IN1K_CLASSES
+    """0 leaves the head out."""
+    patch_size: int = 4
+    in_chans: int = 3
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    drop_rate: float = 0.0
+    ape: bool = False
+    """Learned absolute position embedding."""
+    patch_norm: bool = True
+    pretrained_window_sizes: tuple[int, ...] = ()
+    """SwinV2: window each stage was pretrained with; 0 or () means the present one (section 3.3, log-spaced CPB)."""
+    extra_norm_interval: int = 0
+    """SwinV2-H and -G: a LayerNorm on the main branch after every so many blocks of a stage; 0 for none."""
+    activation_checkpointing: Literal["off", "block", "selective"] = "off"
+    """Recompute nothing, whole blocks, or blocks without their attention."""
+
+
+_T, _B, _G = (2, 2, 6, 2), (2, 2, 18, 2), (2, 2, 42, 4)
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(embed_dim=96, depths=_T, num_heads=(3, 6, 12, 24)),
+    "small": dict(embed_dim=96, depths=_B, num_heads=(3, 6, 12, 24)),
+    "base": dict(embed_dim=128, depths=_B, num_heads=(4, 8, 16, 32)),
+    "large": dict(embed_dim=192, depths=_B, num_heads=(6, 12, 24, 48)),
+    "tiny_c24": dict(embed_dim=96, depths=_T, num_heads=(4, 8, 16, 32)),
+    "tiny_c12": dict(embed_dim=96, depths=_T, num_heads=(8, 16, 32, 64)),
+    "tiny_c6": dict(embed_dim=96, depths=_T, num_heads=(16, 32, 64, 128)),
+    # Not released as configs. Heads by the rule of 32 channels each; main-branch norm of SwinV2, section 3.4.
+    "huge": dict(embed_dim=352, depths=_B, num_heads=(11, 22, 44, 88), extra_norm_interval=6),
+    "giant1b": dict(embed_dim=448, depths=_B, num_heads=(14, 28, 56, 112)),
+    "g3b": dict(embed_dim=512, depths=_G, num_heads=(16, 32, 64, 128), extra_norm_interval=6),
+    "nano": dict(embed_dim=32, depths=(2, 2), num_heads=(2, 4), num_classes=10),
+}
+_22K = dict(num_classes=IN22K_CLASSES)
+_FROM_12 = dict(pretrained_window_sizes=(12, 12, 12, 6))
+
+# family -> size -> [(rest of the name, drop-path rate, further values)]; window and image size are in the name's rest.
+_RELEASED: dict[str, dict[str, list[tuple[str, float, dict[str, Any]]]]] = {
+    "swin": {
+        "nano": [("patch4_window4_32", 0.0, {})],
+        "tiny": [
+            ("patch4_window7_224", 0.2, {}),
+            ("patch4_window7_224_22k", 0.1, _22K),
+            ("patch4_window7_224_22kto1k_finetune", 0.1, {}),
+        ],
+        "tiny_c24": [("patch4_window8_256", 0.2, {})],
+        "small": [
+            ("patch4_window7_224", 0.3, {}),
+            ("patch4_window7_224_22k", 0.2, _22K),
+            ("patch4_window7_224_22kto1k_finetune", 0.2, {}),
+        ],
+        "base": [
+            ("patch4_window7_224", 0.5, {}),
+            ("patch4_window7_224_22k", 0.2, _22K),
+            ("patch4_window7_224_22kto1k_finetune", 0.2, {}),
+            ("patch4_window12_384_finetune", 0.5, {}),
+            ("patch4_window12_384_22kto1k_finetune", 0.2, {}),
+        ],
+        "large": [
+            ("patch4_window7_224_22k", 0.2, _22K),
+            ("patch4_window7_224_22kto1k_finetune", 0.2, {}),
+            ("patch4_window12_384_22kto1k_finetune", 0.2, {}),
+        ],
+    },
+    "swinv2": {
+        "nano": [("patch4_window4_32", 0.0, {})],
+        "tiny": [("patch4_window8_256", 0.2, {}), ("patch4_window16_256", 0.2, {})],
+        "small": [("patch4_window8_256", 0.3, {}), ("patch4_window16_256", 0.3, {})],
+        "base": [
+            ("patch4_window8_256", 0.5, {}),
+            ("patch4_window16_256", 0.5, {}),
+            ("patch4_window12_192_22k", 0.2, _22K),
+            ("patch4_window12to16_192to256_22kto1k_ft", 0.2, _FROM_12),
+            ("patch4_window12to24_192to384_22kto1k_ft", 0.2, _FROM_12),
+        ],
+        "large": [
+            ("patch4_window12_192_22k", 0.2, _22K),
+            ("patch4_window12to16_192to256_22kto1k_ft", 0.2, _FROM_12),
+            ("patch4_window12to24_192to384_22kto1k_ft", 0.2, _FROM_12),
+        ],
+        "huge": [("patch4_window12_192", 0.2, {})],
+        "giant1b": [("patch4_window12_192", 0.2, {})],
+        "g3b": [("patch4_window12_192", 0.2, {})],
+    },
+    "swin_mlp": {
+        "nano": [("patch4_window4_32", 0.0, {})],
+        "tiny_c24": [("patch4_window8_256", 0.2, {})],
+        "tiny_c12": [("patch4_window8_256", 0.2, {})],
+        "tiny_c6": [("patch4_window8_256", 0.2, {})],
+        "base": [("patch4_window7_224", 0.5, {})],
+    },
+}
+
+
+def _variants() -> dict[str, Variant]:
+    table = {}
+    for family, sizes in _RELEASED.items():
+        for size, rows in sizes.items():
+            for rest, drop_path_rate, values in rows:
+                _, window, image, *_ = rest.split("_")
+                table[f"{family}_{size}_{rest}"] = Variant(
+                    family=family,
+                    window_size=int(window.removeprefix("window").rpartition("to")[2]),
+                    img_size=int(image.rpartition("to")[2]),
+                    drop_path_rate=drop_path_rate,
+                    **_SIZES[size] | values,
+                )
+    return table
+
+
+_VARIANTS = _variants()
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` and `variant` know, sorted."""
+    return sorted(_VARIANTS)
+
+
+def variant(name: str, **overrides: Any) -> Variant:
+    """The named variant with `overrides` put in. Raises UserError with the nearest names for an unknown one."""
+    if name not in _VARIANTS:
+        raise UserError(f"unknown model {name!r}{_nearest(name, list(_VARIANTS))}; swin_scale.list_models() has all")
+    known = [field.name for field in fields(Variant) if field.name != "family"]
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"unknown model override {key!r}{_nearest(key, known)}; known: {', '.join(known)}")
+    as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    return replace(_VARIANTS[name], **as_tuples)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f", did you mean {' or '.join(near)}?" if near else ""
