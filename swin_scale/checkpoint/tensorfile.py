@@ -286,11 +286,19 @@ def load_safetensors(
         with open(path, "rb", buffering=0) as file:
             for name, entry in header.entries.items():
                 if wanted is None or wanted(name):
-                    tensors[name] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+                    tensors[name] = _allocate(path, entry)
                     read_range(file.fileno(), path, entry.begin, tensors[name])
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     return tensors, dict(header.metadata)
+
+
+def _allocate(path: Path, entry: Entry) -> Tensor:
+    try:
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    except RuntimeError as error:
+        size = entry.end - entry.begin
+        raise CheckpointError(f"{path}: tensor {entry.name!r} of {size} bytes does not fit in memory") from error
 
 
 def hash_file(path: Path, *, chunk_bytes: int = CHUNK_BYTES) -> tuple[int, str]:

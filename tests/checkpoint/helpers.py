@@ -27,9 +27,7 @@ def make_tensors(seed: int = 0, kinds: Sequence[str] = ("master", "exp_avg")) ->
 
 
 def parameters_of(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, dict[str, object]]:
-    return {
-        name: {"shape": list(shape), "dtype": "F32", "trained": name != "frozen"} for name, shape in shapes.items()
-    }
+    return {name: {"shape": list(shape), "dtype": "F32", "trained": name != "frozen"} for name, shape in shapes.items()}
 
 
 def cut(tensors: Mapping[str, Mapping[str, Tensor]], ranks: int) -> list[list[Fragment]]:
