@@ -38,7 +38,6 @@ def soft_target_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> to
     Returns:
         (B,) fp32 loss of each sample.
     """
-    # The fused kernel keeps no (B, C) product for the backward; it wants both in one dtype.
     return F.cross_entropy(logits.float(), targets.float(), reduction="none")
 
 
@@ -54,7 +53,7 @@ def accuracy_counts(
         logits: (B, C).
         labels: (B,) integer classes.
         valid: (B,) bool; empty slots and padding count nowhere.
-        topk: values of k; k above C counts every valid sample.
+        topk: values of k; k above C finds every label.
 
     Returns:
         0-d tensors on the device of `logits`: ``samples`` and ``top{k}`` int64, ``loss`` float64 (sum of the plain
@@ -64,9 +63,10 @@ def accuracy_counts(
     index = labels.clamp(min=0).long().unsqueeze(1)
     own = scores.gather(1, index)
     earlier = torch.arange(scores.shape[1], device=scores.device) < index
-    # `not (score < own)` rather than `score > own`: NaN must not rank as a hit.
+    # `not (score <= own)` rather than `score > own`: a NaN elsewhere ranks ahead.
     ahead = (~(scores <= own) | ((scores == own) & earlier)).sum(1)
     losses = F.cross_entropy(scores, index.squeeze(1), reduction="none")
-    counts = {f"top{k}": ((ahead < k) & valid).sum() for k in topk}
+    countable = valid & own.squeeze(1).isfinite()
+    counts = {f"top{k}": ((ahead < k) & countable).sum() for k in topk}
     loss = torch.where(valid, losses, 0.0).double().sum()
     return {"samples": valid.sum(), **counts, "loss": loss}
