@@ -31,19 +31,17 @@ logger = logging.getLogger(__name__)
 GOODBYE_S = 10.0
 """How long rank 0 keeps its store open for ranks that have not closed yet."""
 _PEER_LOSS = (
+    "gloo/transport",
     "connection closed by peer",
     "connection reset by peer",
-    "connection refused",
+    "timed out waiting",
+    "socket timeout",
     "broken pipe",
-    "timed out",
-    "timeout",
-    "failed to recv",
-    "failed to connect",
     "nccl communicator was aborted",
-    "remote process exited",
-    "ncclsystemerror",
     "ncclremoteerror",
+    "ncclsystemerror",
 )
+"""Parts of the messages by which gloo, NCCL and the store report a peer, in lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,122 @@
+"""Logging set-up, and JSON lines that survive a kill: at most the last line of a file is torn, and readers skip it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+LINE = "%(asctime)s %(levelname).1s rank{rank} %(name)s: %(message)s"
+CONSOLE_LINE = "%(asctime)s %(message)s"
+TIME = "%Y-%m-%d %H:%M:%S"
+
+Row = dict[str, Any]
+
+
+def setup_logging(run_dir: Path | None, rank: int, *, console: bool) -> None:
+    """Send the log to ``logs/rank{rank}.log`` of the run, and to stderr on the rank a person watches.
+
+    The file is appended to, since a run is resumed in its directory. Without `run_dir` there is no file. Calling again
+    replaces what the last call set up. Other libraries' messages are kept from warnings up.
+    """
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _OwnFile | _OwnConsole)]:
+        root.removeHandler(handler)
+        handler.close()
+    if run_dir is not None:
+        directory = run_dir / "logs"
+        directory.mkdir(parents=True, exist_ok=True)
+        to_file = _OwnFile(directory / f"rank{rank}.log", encoding="utf-8")
+        to_file.setFormatter(logging.Formatter(LINE.format(rank=rank), TIME))
+        root.addHandler(to_file)
+    if console:
+        to_console = _OwnConsole(sys.stderr)
+        to_console.setFormatter(logging.Formatter(CONSOLE_LINE, "%H:%M:%S"))
+        root.addHandler(to_console)
+    root.setLevel(logging.WARNING)
+    for name in ("swin_scale", "launcher", "data_prep"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _OwnFile(logging.FileHandler):
+    """The handler that `setup_logging` may replace."""
+
+
+class _OwnConsole(logging.StreamHandler):
+    """The handler that `setup_logging` may replace."""
+
+
+class JsonLines:
+    """Append-only file of JSON objects, one a line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        # Unbuffered: each batch of rows is one write, so that a kill can tear only the last line written.
+        self._file: io.FileIO = open(path, "ab+", buffering=0)  # noqa: SIM115 - closed in close()
+        end = self._file.seek(0, os.SEEK_END)
+        if end:
+            self._file.seek(end - 1)
+            if self._file.read(1) != b"\n":
+                # A killed run left half a line. Close it, and let readers skip it.
+                self._file.write(b"\n")
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append `rows` in one write. Numbers that JSON does not have (NaN, infinities) are written as null."""
+        data = "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+        while data:  # a raw write may be short, on a disk that is full for instance
+            data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity replaced by None, in nested mappings and sequences too."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """All JSON objects of a file, in order; a missing file is empty. Torn lines, which kills leave, are skipped."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in data.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def read_metrics(path: Path) -> dict[int, Row]:
+    """The step rows of a ``metrics.jsonl`` by step, rising; the last row of a step wins, since resumes repeat steps."""
+    rows = {row["step"]: row for row in read_jsonl(path) if "event" not in row and "step" in row}
+    return dict(sorted(rows.items()))
+
+
+def read_events(path: Path) -> list[Row]:
+    """The event rows of a ``metrics.jsonl``, in the order in which they happened."""
+    return [row for row in read_jsonl(path) if "event" in row]
