@@ -1,0 +1,1 @@
+"""Side-by-side measurements: ours against other people's code in one process, on the same weights and inputs."""
