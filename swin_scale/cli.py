@@ -88,15 +88,24 @@ def build_parser() -> argparse.ArgumentParser:
     show.set_defaults(handler=_configs_show)
 
     bench = verbs.add_parser("bench", help="side-by-side ratios against the peers, in one run")
-    bench.add_argument("name", choices=("model",))
-    bench.add_argument("--model", default="swinv2_tiny_patch4_window8_256")
-    bench.add_argument("--batch", type=int, default=8)
-    bench.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
-    bench.add_argument("--threads", type=int, default=2)
-    bench.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
-    bench.add_argument("--mode", choices=("forward", "both"), default="both")
-    bench.add_argument("--out", metavar="FILE", help="write the result as JSON")
-    bench.set_defaults(handler=_bench)
+    what = bench.add_subparsers(dest="name", required=True)
+    model = what.add_parser("model", help="SwinV2 against the official code, timm and Hugging Face")
+    _bench_arguments(model, name="swinv2_tiny_patch4_window8_256", batch=8)
+    model.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, amp-bf16 or amp-fp16, for all alike")
+    model.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    model.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
+    model.add_argument("--mode", choices=("forward", "both"), default="both")
+    model.add_argument("--compile", action="store_true", help="also compare with torch.compile(timm)")
+    model.set_defaults(handler=_bench_model)
+    train = what.add_parser("train", help="the engine's step on one process, on a batch that stays on the device")
+    _bench_arguments(train, name="swinv2_base_patch4_window12_192", batch=64)
+    train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    train.add_argument("--steps", type=int, default=20, help="timed steps, after --warmup untimed ones")
+    train.add_argument("--warmup", type=int, default=5)
+    train.add_argument("--zero-stage", type=int, choices=(1, 2), default=1)
+    train.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
+    train.add_argument("--activation-checkpointing", choices=("off", "block", "selective"), default="off")
+    train.set_defaults(handler=_bench_train)
     return parser
 
 
@@ -109,6 +118,14 @@ def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="run directory, checkpoint directory, .pth or .safetensors")
     parser.add_argument("--model", help="model name; needed for weight files that do not name theirs")
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser, *, name: str, batch: int) -> None:
+    parser.add_argument("--model", default=name, help=f"default: {name}")
+    parser.add_argument("--batch", type=int, default=batch, help="images per forward")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
 
 
 def _find_config(name: str) -> Path:
@@ -173,7 +190,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     import json
 
-    from swin_scale.predict import image_files, load_predictor
+    from swin_scale.predictor import image_files, load_predictor
 
     predictor = load_predictor(
         arguments.weights,
@@ -219,7 +236,7 @@ def _configs_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _bench_model(arguments: argparse.Namespace) -> int:
     from swin_scale.bench.model import bench_model
 
     print(
@@ -230,6 +247,30 @@ def _bench(arguments: argparse.Namespace) -> int:
             threads=arguments.threads,
             official=arguments.official,
             backward=arguments.mode == "both",
+            precision=arguments.precision,
+            compiled=arguments.compile,
+            device=arguments.device,
+            out=arguments.out,
+        )
+    )
+    return 0
+
+
+def _bench_train(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.train import bench_train
+
+    print(
+        bench_train(
+            arguments.model,
+            precision=arguments.precision,
+            batch=arguments.batch,
+            steps=arguments.steps,
+            warmup=arguments.warmup,
+            zero_stage=arguments.zero_stage,
+            accumulation=arguments.accumulation,
+            activation_checkpointing=arguments.activation_checkpointing,
+            threads=arguments.threads,
+            device=arguments.device,
             out=arguments.out,
         )
     )
