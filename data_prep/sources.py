@@ -10,7 +10,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,9 @@ class PathTable:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return os.fsdecode(self._blob[self._ends[index] : self._ends[index + 1]])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
     def digest(self) -> int:
         """xxh3_64 of all paths and their boundaries."""
