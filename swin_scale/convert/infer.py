@@ -1,0 +1,128 @@
+"""Which model a foreign state dict belongs to, read off its keys and shapes (official names)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from swin_scale.errors import CheckpointError
+from swin_scale.models import Variant, list_models, variant
+
+_BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
+
+
+def infer_model(state: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, Any]]:
+    """(name, overrides) of the model that `state` fits.
+
+    Everything the tensors tell is compared with the known models: family, widths, depths, heads, classes, extra norms,
+    window, and from the official derived buffers also the image size and the pretrained windows. The first name that
+    agrees is taken (names that differ in drop-path rate only are the same model); failing that, any model of the
+    family with all of it as overrides. Raises CheckpointError when the image size cannot be told.
+    """
+    facts = read_facts(state, path)
+    family = facts["family"]
+    candidates = [name for name in list_models() if variant(name).family == family]
+    matching = [name for name in candidates if _agrees(variant(name), facts)]
+    sizes = {variant(name).img_size for name in matching}
+    if len(sizes) == 1:
+        return matching[0], {}
+    if "img_size" not in facts:
+        near = f"; it could be {', '.join(matching)}" if matching else ""
+        raise CheckpointError(f"{path} does not tell the image size of its model{near}; name the model")
+    return candidates[0], {key: value for key, value in facts.items() if key != "family"}
+
+
+def _agrees(v: Variant, facts: Mapping[str, Any]) -> bool:
+    windows = v.pretrained_window_sizes or (0,) * len(v.depths)
+    known = dataclasses.asdict(v) | {"pretrained_window_sizes": windows}
+    return all(known[key] == value for key, value in facts.items())
+
+
+def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Fields of `Variant` that the keys and shapes of `state` determine; raises CheckpointError when it is no Swin."""
+    if "patch_embed.proj.weight" not in state or "layers.0.blocks.0.norm1.weight" not in state:
+        raise CheckpointError(f"{path} is not a Swin model under official names; its first keys are {list(state)[:4]}")
+    blocks: dict[int, dict[int, set[str]]] = {}
+    for key in state:
+        if match := _BLOCK.fullmatch(key):
+            blocks.setdefault(int(match[1]), {}).setdefault(int(match[2]), set()).add(match[3])
+    stages = sorted(blocks)
+    width, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+    first = blocks[0][0]
+    family = "swinv2" if "attn.logit_scale" in first else "swin_mlp" if "spatial_mlp.weight" in first else "swin"
+    facts: dict[str, Any] = {
+        "family": family,
+        "embed_dim": width,
+        "in_chans": in_chans,
+        "patch_size": patch,
+        "depths": tuple(len(blocks[stage]) for stage in stages),
+        "num_heads": tuple(_heads(state, family, stage) for stage in stages),
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "patch_norm": "patch_embed.norm.weight" in state,
+        "ape": "absolute_pos_embed" in state,
+        "mlp_ratio": state["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "extra_norm_interval": _extra_norm_interval(blocks),
+    }
+    if family != "swin_mlp":
+        facts["qkv_bias"] = bool({"attn.qkv.bias", "attn.q_bias"} & first)
+    windows = {stage: _window(state, stage) for stage in stages}
+    if windows[0]:
+        facts["window_size"] = max(window for window in windows.values() if window)
+    for stage in stages:
+        mask = state.get(f"layers.{stage}.blocks.1.attn_mask")
+        if mask is not None and windows[stage]:
+            facts["img_size"] = math.isqrt(mask.shape[0]) * windows[stage] * patch << stage
+            break
+    if family == "swinv2" and (pretrained := pretrained_windows(state)) is not None and windows[0]:
+        present = tuple(windows[stage] for stage in stages)
+        scaled = tuple(pretrained.get(stage, windows[stage]) for stage in stages)
+        facts["pretrained_window_sizes"] = (0,) * len(stages) if scaled == present else scaled
+    return facts
+
+
+def _heads(state: Mapping[str, Tensor], family: str, stage: int) -> int:
+    block = f"layers.{stage}.blocks.0."
+    if family == "swinv2":
+        return state[f"{block}attn.logit_scale"].shape[0]
+    if family == "swin":
+        return state[f"{block}attn.relative_position_bias_table"].shape[1]
+    weight = state[f"{block}spatial_mlp.weight"]
+    return weight.shape[0] // weight.shape[1]
+
+
+def _window(state: Mapping[str, Tensor], stage: int) -> int | None:
+    """Window of a stage after clamping to its map; None when nothing tells."""
+    block = f"layers.{stage}.blocks.0."
+    if (index := state.get(f"{block}attn.relative_position_index")) is not None:
+        return math.isqrt(index.shape[0])
+    if (table := state.get(f"{block}attn.relative_position_bias_table")) is not None:
+        return (math.isqrt(table.shape[0]) + 1) // 2
+    if (weight := state.get(f"{block}spatial_mlp.weight")) is not None:
+        return math.isqrt(weight.shape[1])
+    return None
+
+
+def pretrained_windows(state: Mapping[str, Tensor]) -> dict[int, int] | None:
+    """Window by which each stage's log-spaced coordinates are scaled, from the official ``relative_coords_table``.
+
+    The entry for an offset of one token is log2(8 / (P - 1) + 1) / 3 (SwinV2, section 3.3), which gives P. Stages whose
+    window is a single token have no such entry. None when the file has no tables (they are derived, and optional).
+    """
+    found: dict[int, int] = {}
+    for key, table in state.items():
+        match = _BLOCK.fullmatch(key)
+        if match and match[3] == "attn.relative_coords_table" and table.dim() == 4 and table.shape[1] >= 3:
+            one = float(table[0, (table.shape[1] + 1) // 2, 0, 0])
+            found[int(match[1])] = round(8 / (8**one - 1)) + 1 if one > 0 else 0
+    return found or None
+
+
+def _extra_norm_interval(blocks: Mapping[int, Mapping[int, set[str]]]) -> int:
+    normed = [index for stage in blocks.values() for index, keys in stage.items() if "enorm.weight" in keys]
+    return min(normed) + 1 if normed else 0

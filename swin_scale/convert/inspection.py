@@ -1,0 +1,135 @@
+"""What is in a checkpoint, a run, a weight file or a shard set, for people to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from swin_scale.checkpoint import Checkpoint, list_steps, step_directory
+from swin_scale.checkpoint.manifest import MANIFEST_NAME
+from swin_scale.checkpoint.tensorfile import DTYPES, read_header
+from swin_scale.convert.source import METADATA_KEY, parse_metadata, read_state_dict
+from swin_scale.convert.torchfile import is_torch_file
+from swin_scale.errors import CheckpointError, UserError
+from swin_scale.shards import INDEX_NAME, Manifest
+
+
+def inspect_path(path: str | Path, *, verify: bool = False) -> str:
+    """A few lines on what `path` holds.
+
+    Args:
+        path: run directory, ``checkpoints``, step directory, shard directory, ``.pth`` or ``.safetensors``.
+        verify: also read checkpoints whole and compare the digests.
+
+    Raises UserError for a path that is none of these, CheckpointError or DataError for damaged ones.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.is_file():
+        return "\n".join(_torch_file(path) if is_torch_file(path) else _safetensors(path))
+    if list_steps(path):
+        return "\n".join(_run(path, verify))
+    if list_steps(path / "checkpoints"):
+        return "\n".join(_run(path / "checkpoints", verify))
+    if (path / INDEX_NAME).exists():
+        return "\n".join(_shards(path))
+    if (path / MANIFEST_NAME).exists():
+        return "\n".join(_checkpoint(path, verify))
+    raise UserError(f"{path} is not a run, a checkpoint, a shard set or a weight file")
+
+
+def _run(root: Path, verify: bool) -> list[str]:
+    lines = [f"{root}: {len(list_steps(root))} checkpoints"]
+    newest: list[str] = []
+    for step in list_steps(root):
+        directory = step_directory(root, step)
+        try:
+            newest = _checkpoint(directory, verify)
+            lines.append(f"  {directory.name}  {_bytes(_size(directory))}  {'digests match' if verify else 'complete'}")
+        except CheckpointError as error:
+            lines.append(f"  {directory.name}  DAMAGED: {error}")
+    return lines + newest
+
+
+def _checkpoint(directory: Path, verify: bool) -> list[str]:
+    with Checkpoint.open(directory, verify=verify) as checkpoint:
+        shapes = [row["shape"] for row in checkpoint.parameters.values()]
+        files = len(checkpoint.manifest.rank_files)
+        return [
+            f"{directory}: checkpoint of step {checkpoint.step}",
+            f"  {_parameters(shapes)}, kept as {', '.join(checkpoint.kinds())}",
+            f"  {files} rank file{'s' if files > 1 else ''}, {_bytes(_size(directory))}",
+            *_model(checkpoint.model),
+            f"  state: {', '.join(sorted(checkpoint.state))}",
+        ]
+
+
+def _safetensors(path: Path) -> list[str]:
+    header = read_header(path)
+    lines = [f"{path}: safetensors, {_bytes(path.stat().st_size)}", f"  {_tensors(header.entries.values())}"]
+    if METADATA_KEY in header.metadata:
+        model, step, kind = parse_metadata(path, header.metadata[METADATA_KEY])
+        lines.append(f"  {kind} weights" + ("" if step is None else f" of step {step}"))
+        lines += _model(model)
+    return lines
+
+
+def _torch_file(path: Path) -> list[str]:
+    state, source = read_state_dict(path)
+    lines = [
+        f"{path}: torch.save, {_bytes(path.stat().st_size)}",
+        f"  {_parameters([t.shape for t in state.values()])} (buffers included)",
+    ]
+    if source.beside:
+        lines.append(f"  beside the weights: {', '.join(source.beside)}")
+    classes = [name for name in source.mentioned if not name.startswith(("torch.", "torch._utils", "collections."))]
+    if classes:
+        lines.append(f"  classes mentioned, none was loaded: {', '.join(classes)}")
+    return lines
+
+
+def _shards(path: Path) -> list[str]:
+    manifest = Manifest.load(path)
+    names = manifest.classes
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return [
+        f"{path}: shard set, {manifest.samples} samples in {len(manifest.shards)} shards, "
+        f"{_bytes(sum(shard.bytes for shard in manifest.shards))}",
+        f"  {len(names)} classes: {shown}",
+        f"  source: {manifest.source or 'unknown'}; left out: {manifest.left_out}",
+    ]
+
+
+def _model(model: Mapping[str, Any]) -> list[str]:
+    lines = [f"  model: {model.get('name', 'unknown')}"]
+    if overrides := model.get("overrides"):
+        lines.append("  " + ", ".join(f"{key}={value}" for key, value in overrides.items()))
+    if classes := model.get("classes"):
+        lines.append(f"  {len(classes)} classes: {', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''}")
+    return lines
+
+
+def _parameters(shapes: Iterable[Iterable[int]]) -> str:
+    sizes = [math.prod(shape) for shape in shapes]
+    return f"{sum(sizes):,} parameters in {len(sizes)} tensors"
+
+
+def _tensors(entries: Iterable[Any]) -> str:
+    entries = list(entries)
+    dtypes = sorted({str(DTYPES[entry.dtype]).removeprefix("torch.") for entry in entries})
+    return f"{_parameters(entry.shape for entry in entries)}, {' and '.join(dtypes)}"
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.1f} GB"
