@@ -1,6 +1,6 @@
 """Run a function on several real processes, as ordinary unit tests do.
 
-The processes are forked from a server that has torch imported already, so that a spawn costs a fraction of a second;
+The processes are forked from a server that has torch and deepspeed imported already, so that a spawn costs a fraction of a second;
 each runs with one thread, sees torchrun's variables and is killed when it outlives its time.
 """
 
@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "deepspeed"])
 
 
 def free_port() -> int:

@@ -44,7 +44,7 @@ def to_deepspeed(config: Config, plan: BatchPlan, *, on_gpu: bool) -> dict[str, 
             "initial_scale_power": FP16_INITIAL_SCALE_POWER,
             "loss_scale_window": FP16_SCALE_WINDOW,
             "hysteresis": 1,
-            "min_loss_scale": 2.0**-10,
+            "min_loss_scale": 1,
         }
     if precision != "fp32" and plan.accumulation > 1:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

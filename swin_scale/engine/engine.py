@@ -74,7 +74,7 @@ class Engine:
             warnings.simplefilter("ignore")
             self._deepspeed, self._zero, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(self.groups, config.optim, dist.device),
+                optimizer=build_optimizer(self.groups, config.optim),
                 config=settings,
                 dist_init_required=False,
             )

@@ -1,0 +1,85 @@
+"""Top-1 and top-5 over shard sets, by sums and counts, so that no rank, remainder or bad image skews the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from swin_scale.config import Augment
+from swin_scale.convert import model_from_weights
+from swin_scale.data import EvalStream, finish
+from swin_scale.engine.dist import Dist, init
+from swin_scale.engine.layout import Layout
+from swin_scale.engine.losses import accuracy_counts
+from swin_scale.errors import DataError
+from swin_scale.shards import ShardSet
+
+COUNTS = ("samples", "top1", "top5", "loss")
+
+
+def evaluate(
+    module: nn.Module, streams: Sequence[EvalStream], dist: Dist, *, dtype: torch.dtype, workers: int
+) -> dict[str, Any]:
+    """Evaluate over all streams; every rank gets the same figures.
+
+    Returns ``top1`` and ``top5`` in percent, mean cross-entropy ``loss``, counted ``samples`` and ``unusable`` ones.
+    """
+    totals = dict.fromkeys(COUNTS, 0.0)
+    unusable = 0
+    for stream in streams:
+        with stream.batches(rank=dist.rank, world=dist.world, workers=workers) as batches:
+            for batch in batches:
+                images = finish(batch.images.to(dist.device, non_blocking=True), dtype=dtype)
+                counts = accuracy_counts(
+                    module(images), batch.labels.to(dist.device), batch.valid.to(dist.device), topk=(1, 5)
+                )
+                for name in COUNTS:
+                    totals[name] += float(counts[name])
+                unusable += len(batch.skipped)
+    *sums, unusable_sum = dist.sum_floats([*totals.values(), float(unusable)])
+    figures = dict(zip(COUNTS, sums, strict=True))
+    samples = figures["samples"]
+    if not samples:
+        raise DataError(f"none of the samples in {', '.join(str(s.sources[0].directory) for s in streams)} is usable")
+    return {
+        "top1": 100 * figures["top1"] / samples,
+        "top5": 100 * figures["top5"] / samples,
+        "loss": figures["loss"] / samples,
+        "samples": int(samples),
+        "unusable": int(unusable_sum),
+    }
+
+
+def evaluate_weights(
+    weights: str,
+    data: Sequence[str],
+    *,
+    model: str | None = None,
+    kind: str = "master",
+    img_size: int | None = None,
+    crop: bool = True,
+    batch: int = 64,
+    workers: int = 2,
+) -> dict[str, Any]:
+    """Evaluate a weight file or checkpoint on one process, on a GPU where there is one."""
+    overrides = {} if img_size is None else {"img_size": img_size}
+    network, info = model_from_weights(weights, model=model, kind=kind, **overrides)
+    sources = [ShardSet.open(path) for path in data]
+    for source in sources:
+        theirs = source.manifest.wnids or source.manifest.classes
+        ours = info.wnids if source.manifest.wnids else info.classes
+        if ours and tuple(ours) != tuple(theirs):
+            raise DataError(
+                f"{source.directory} has {len(theirs)} classes ({theirs[0]} ...), {weights} has {len(ours)} "
+                f"({ours[0]} ...); labels would not mean the same"
+            )
+    streams = [
+        EvalStream(source, global_batch=batch, img_size=network.img_size, augment=Augment(eval_crop=crop))
+        for source in sources
+    ]
+    with init(Layout(), timeout_s=60) as dist, torch.no_grad():
+        network.to(dist.device).eval()
+        return evaluate(network, streams, dist, dtype=torch.float32, workers=workers)

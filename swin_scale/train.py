@@ -1,0 +1,356 @@
+"""One training run from config to final checkpoint; the same call resumes it.
+
+In the order in which it happens: `prepare` judges the whole request before any process group exists; `run` joins the
+ranks, finds the checkpoint to resume from, wraps the model, and loops: batch -> step -> record -> save -> evaluate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import xxhash
+
+from swin_scale.checkpoint import Checkpoint
+from swin_scale.config import BatchPlan, Config, batch_plan
+from swin_scale.config_load import LoadedConfig, config_from_text, diff_configs
+from swin_scale.convert import load_weights
+from swin_scale.data import Batch, EvalStream, TrainStream, draw_mix, finish, mix_batch
+from swin_scale.engine.dist import Dist, init, peer_loss
+from swin_scale.engine.engine import Engine, MicroBatch
+from swin_scale.engine.layout import read_env
+from swin_scale.engine.losses import smooth_targets
+from swin_scale.engine.optim import describe_groups
+from swin_scale.engine.record import StepLog
+from swin_scale.engine.saving import newest_good, save
+from swin_scale.engine.schedule import Schedule
+from swin_scale.errors import CheckpointError, DataError, DivergedError, SwinScaleError, UserError
+from swin_scale.evaluate import evaluate
+from swin_scale.files import write_atomic
+from swin_scale.log import setup_logging
+from swin_scale.models import create_model, variant
+from swin_scale.shards import ShardSet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request that was judged sound: concrete config, open shard sets, batch arithmetic."""
+
+    config: Config
+    config_text: str
+    plan: BatchPlan
+    stream: TrainStream
+    val: tuple[EvalStream, ...]
+    model: dict[str, Any]
+    """What a checkpoint says about its model: name, overrides, class names."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.stream.steps_per_epoch
+
+    @property
+    def stop_step(self) -> int:
+        return min(self.total_steps, self.config.train.max_steps or self.total_steps)
+
+
+def prepare(loaded: LoadedConfig, ranks: int) -> Job:
+    """Fill in what follows from the model's name and the data; raises UserError or DataError before anything starts."""
+    config, origin = loaded.config, dict(loaded.origin)
+    plan = batch_plan(config, ranks)
+    architecture = variant(config.model.name)
+    sources = [ShardSet.open(path) for path in config.data.train]
+    val_sources = [ShardSet.open(path) for path in config.data.val]
+    classes = _class_names(sources + val_sources)
+    if config.model.num_classes not in (None, len(classes)):
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes}, but {config.data.train[0]} has {len(classes)} classes; "
+            "leave it out to follow the data"
+        )
+    if config.data.img_size is None:
+        config = _replace(config, "data", img_size=architecture.img_size)
+        origin["data.img_size"] = config.model.name
+    if config.model.num_classes is None:
+        config = _replace(config, "model", num_classes=len(classes))
+        origin["model.num_classes"] = config.data.train[0]
+    img_size = config.data.img_size
+    assert img_size is not None
+    overrides = {k: v for k, v in dataclasses.asdict(config.model).items() if k != "name" and v is not None}
+    overrides["img_size"] = img_size
+    with torch.device("meta"):
+        create_model(config.model.name, **overrides)
+    stream = TrainStream(
+        sources,
+        seed=config.run.seed,
+        global_batch=plan.global_batch,
+        img_size=img_size,
+        augment=config.augment,
+        weights=config.data.weights,
+        drop_last=config.data.drop_last,
+        block=config.data.block,
+        max_pixels=config.data.max_pixels,
+    )
+    eval_batch = (config.train.eval_batch or plan.micro) * ranks
+    val = tuple(
+        EvalStream(
+            source,
+            global_batch=eval_batch,
+            img_size=img_size,
+            augment=config.augment,
+            max_pixels=config.data.max_pixels,
+        )
+        for source in val_sources
+    )
+    model = {
+        "name": config.model.name,
+        "overrides": overrides,
+        "classes": list(classes),
+        "wnids": list(sources[0].manifest.wnids or ()) or None,
+    }
+    text = LoadedConfig(config=config, origin=origin).dump()
+    return Job(config=config, config_text=text, plan=plan, stream=stream, val=val, model=model)
+
+
+def _replace(config: Config, section: str, **values: Any) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def _class_names(sources: list[ShardSet]) -> tuple[str, ...]:
+    first = sources[0].manifest
+    for source in sources[1:]:
+        if (source.manifest.wnids or source.manifest.classes) != (first.wnids or first.classes):
+            raise DataError(
+                f"{source.directory} and {sources[0].directory} have different class lists "
+                f"({len(source.manifest.classes)} and {len(first.classes)} names); labels would not mean the same"
+            )
+    return first.classes
+
+
+def run(loaded: LoadedConfig, *, allow_change: bool = False) -> int:
+    """Train until done; returns 0, or raises the error whose exit code the process ends with."""
+    layout = read_env(os.environ)
+    job = prepare(loaded, layout.world)
+    config = job.config
+    run_dir = Path(config.run.dir)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.engine.threads or max(1, cores // layout.local_world))
+    with ExitRecord(run_dir, layout.rank), init(layout, timeout_s=config.engine.timeout_s) as dist:
+        if dist.is_main:
+            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        dist.barrier("run directory")
+        setup_logging(run_dir, dist.rank, console=dist.is_main)
+        with peer_loss("training"):
+            _train(job, dist, allow_change)
+    return 0
+
+
+def _train(job: Job, dist: Dist, allow_change: bool) -> None:
+    config, plan = job.config, job.plan
+    run_dir = Path(config.run.dir)
+    checkpoint, damage = newest_good(run_dir / "checkpoints", dist)
+    if checkpoint is not None:
+        _check_resume(checkpoint, job, allow_change)
+    if dist.is_main:
+        write_atomic(run_dir / "config.yaml", job.config_text.encode())
+    model = create_model(config.model.name, seed=config.run.seed, **job.model["overrides"])
+    if checkpoint is None and config.init.weights:
+        logger.info("%s", load_weights(model, config.init.weights, head=config.init.head))
+    schedule = Schedule.from_config(config, job.stream.steps_per_epoch)
+    engine = Engine(model, config, plan, schedule, dist)
+    logger.info("%s", describe_groups(engine.groups))
+    with StepLog(run_dir, config, job.stream, dist) as log:
+        step = 0
+        if checkpoint is not None:
+            with checkpoint:
+                engine.load(checkpoint, checkpoint.state)
+            step = checkpoint.step
+            log.restore(checkpoint.state)
+            logger.info("resumed from %s", checkpoint.path)
+        for what in damage:
+            log.event("fell_back", step, problem=what)
+        step = _loop(job, dist, engine, log, step)
+    logger.info("done: %d steps", step)
+
+
+def _loop(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> int:
+    """Steps `step` to the last; returns the number of steps done."""
+    config, stream = job.config, job.stream
+    saver = Saver(job, dist, engine, log)
+    batches = stream.batches(
+        step,
+        stop_step=job.stop_step,
+        rank=dist.rank,
+        world=dist.world,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        timeout_s=config.engine.timeout_s,
+    )
+    evaluated = None
+    with batches:
+        for batch in batches:
+            if step == 0:
+                log.first_batch(batch.images)
+            result = engine.train_step(batch.step, micro_batches(batch, job, engine), int(batch.valid.sum()))
+            step = batch.step + 1
+            log.add(batch, result)
+            if log.skips_in_a_row >= config.train.max_skips:
+                log.flush()
+                raise DivergedError(
+                    f"step {step}: {log.skips_in_a_row} updates in a row were skipped for non-finite losses or "
+                    f"gradients (train.max_skips {config.train.max_skips}); lower optim.lr, or resume an earlier step"
+                )
+            due = False
+            if step % config.train.log_every == 0 or step == job.stop_step:
+                due = log.flush(save_due=saver.time_is_up())
+            if due or saver.step_is_due(step):
+                saver.save(step)
+            every = config.train.eval_every_epochs * stream.steps_per_epoch
+            if job.val and every and step % every == 0:
+                log.flush()
+                evaluated = _evaluate(job, dist, engine, log, step)
+    if saver.saved_step != step:
+        saver.save(step, final=True)
+    if job.val and evaluated != step:
+        _evaluate(job, dist, engine, log, step)
+    return step
+
+
+def micro_batches(batch: Batch, job: Job, engine: Engine) -> Iterator[MicroBatch]:
+    """Cut a rank's batch into micro-batches on the device: normalised, erased, mixed, with soft targets."""
+    config, plan = job.config, job.plan
+    device = engine.dist.device
+    height, width = batch.images.shape[2:]
+    mix = draw_mix(config.augment, seed=config.run.seed, step=batch.step, height=height, width=width)
+    valid = batch.valid
+    for start in range(0, plan.per_rank, plan.micro):
+        part = slice(start, start + plan.micro)
+        images = finish(
+            batch.images[part].to(device, non_blocking=True),
+            batch.boxes[part],
+            batch.noise_keys[part],
+            mode=config.augment.remode,
+        )
+        here = valid[part].to(device, non_blocking=True)
+        labels = batch.labels[part].clamp(min=0).to(device, non_blocking=True)
+        targets = smooth_targets(labels, job.model["overrides"]["num_classes"], config.optim.label_smoothing)
+        images, targets = mix_batch(images, targets, here, mix)
+        yield MicroBatch(inputs=images.to(engine.dtype), targets=targets, valid=here)
+
+
+class Saver:
+    """When to save, by steps and by minutes, and the save itself."""
+
+    def __init__(self, job: Job, dist: Dist, engine: Engine, log: StepLog) -> None:
+        self._job, self._dist, self._engine, self._log = job, dist, engine, log
+        self._last = time.monotonic()
+        self.saved_step = -1
+
+    def time_is_up(self) -> bool:
+        """By this rank's clock; `StepLog.flush` takes rank 0's word for all."""
+        minutes = self._job.config.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self._last >= 60 * minutes
+
+    def step_is_due(self, step: int) -> bool:
+        every = self._job.config.checkpoint.every_steps
+        return every is not None and step % every == 0
+
+    def save(self, step: int, *, final: bool = False) -> None:
+        """Save all ranks' state. A failed save is an event and training goes on, unless it is the last one."""
+        job, config = self._job, self._job.config
+        # Rows first: every step up to a committed checkpoint has its row, whatever happens next.
+        self._log.flush()
+        self._last = time.monotonic()
+        try:
+            path = save(
+                Path(config.run.dir) / "checkpoints",
+                self._engine,
+                self._dist,
+                step=step,
+                state={**self._log.state(), **cursor(job, step)},
+                config_text=job.config_text,
+                model=job.model,
+                keep=config.checkpoint.keep,
+            )
+        except CheckpointError as error:
+            if final:
+                raise
+            logger.error("step %d was not saved: %s; training goes on", step, error)
+            self._log.event("save_failed", step, problem=str(error))
+            return
+        self.saved_step = step
+        self._log.event("checkpoint", step, path=path.name, seconds=round(time.monotonic() - self._last, 3))
+
+
+def cursor(job: Job, step: int) -> dict[str, Any]:
+    """Where the data stream stands after `step` steps, and which data it is."""
+    epoch, batch = divmod(step, job.stream.steps_per_epoch)
+    sources = [
+        {
+            "samples": len(source),
+            "digest": xxhash.xxh3_64_hexdigest("".join(shard.xxh3_128 for shard in source.manifest.shards)),
+        }
+        for source in job.stream.sources
+    ]
+    return {"step": step, "epoch": epoch, "batch": batch, "sources": sources}
+
+
+def _check_resume(checkpoint: Checkpoint, job: Job, allow_change: bool) -> None:
+    """Compare config and data with the checkpoint's; raises UserError for what may not change (without the flag)."""
+    changes = diff_configs(config_from_text(checkpoint.config_text, f"{checkpoint.path}/config.yaml"), job.config)
+    for change in changes:
+        logger.info("config change: %s", change)
+    refused = [str(c) for c in changes if c.grade == "impossible" or (c.grade != "safe" and not allow_change)]
+    before = checkpoint.state.get("sources")
+    now = cursor(job, checkpoint.step)["sources"]
+    if before != now and not allow_change:
+        refused.append(f"data.train: {before} -> {now} (other samples; needs --allow-change)")
+    if refused:
+        raise UserError(
+            f"cannot resume from {checkpoint.path}: {'; '.join(refused)}; undo the change, pass --allow-change where "
+            "it is allowed, or choose another run.dir"
+        )
+
+
+def _evaluate(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> int:
+    """Evaluate weights (and their moving average) and record it; returns `step`."""
+    for ema in (False, True) if job.config.optim.ema_decay else (False,):
+        with engine.evaluating(ema=ema) as module:
+            figures = evaluate(module, job.val, dist, dtype=engine.dtype, workers=job.config.data.workers)
+        log.event("eval", step, weights="ema" if ema else "master", **figures)
+    return step
+
+
+class ExitRecord:
+    """``exit.json``: how the run ended, written by the rank that failed first, or by rank 0 when all is done."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._path, self._rank = run_dir / "exit.json", rank
+
+    def __enter__(self) -> ExitRecord:
+        if self._rank == 0:
+            self._path.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        code = error.exit_code if isinstance(error, SwinScaleError) else int(error is not None)
+        if error is None and self._rank != 0:
+            return
+        body = {"code": code, "rank": self._rank, "cause": f"{kind.__name__}: {error}" if kind else "done"}
+        if error is not None:
+            logger.error("%s", body["cause"], exc_info=not isinstance(error, SwinScaleError))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(self._path, "x", encoding="utf-8") as file:
+                json.dump({**body, "time": time.time()}, file)
+        except FileExistsError:
+            logger.debug("another rank recorded the first cause")
