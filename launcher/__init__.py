@@ -1,0 +1,1 @@
+"""Starts training processes: on this machine, and on clusters. Knows no torch."""
