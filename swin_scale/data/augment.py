@@ -1,7 +1,7 @@
 """The random view of a training image, and the fixed one for evaluation: the official transforms of Swin and timm.
 
 A view is a pure function of the image and one generator, which the caller keys by (seed, epoch, sample id). Pixels stay
-8-bit; normalisation and the noise of random erasing happen on the device (`finish`).
+8-bit; normalisation and the noise of random erasing happen on the device (`device`).
 """
 
 from __future__ import annotations

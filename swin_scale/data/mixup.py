@@ -49,15 +49,7 @@ def cut_mix(height: int, width: int, lam: float, centre_y: int, centre_x: int) -
     return Mix(1.0 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
-def soft_targets(labels: torch.Tensor, num_classes: int, smoothing: float = 0.0) -> torch.Tensor:
-    """(B,) int64 labels to (B, num_classes) fp32 rows that sum to 1; a row of zeros where the label is -1."""
-    off = smoothing / num_classes
-    targets = torch.full((len(labels), num_classes), off, device=labels.device)
-    targets.scatter_(1, labels.clamp(min=0)[:, None], 1.0 - smoothing + off)
-    return targets.mul_((labels >= 0)[:, None])
-
-
-def mix_pairs(
+def mix_batch(
     images: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, mix: Mix
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix slots i and i ^ 1. images: (B, 3, H, W) float; targets: (B, K); valid: (B,) bool; B even. Not in place."""
@@ -66,10 +58,9 @@ def mix_pairs(
         return images, targets
     both = valid & _partners(valid)
     lam = torch.where(both, mix.lam, 1.0)
-    mixed_targets = targets * lam[:, None] + _partners(targets) * (1.0 - lam[:, None])
+    mixed_targets = torch.lerp(_partners(targets), targets, lam[:, None].to(targets.dtype))
     if mix.region is None:
-        lam = lam.to(images.dtype).view(-1, 1, 1, 1)
-        return images * lam + _partners(images) * (1.0 - lam), mixed_targets
+        return torch.lerp(_partners(images), images, lam.to(images.dtype).view(-1, 1, 1, 1)), mixed_targets
     top, bottom, left, right = mix.region
     own = images[:, :, top:bottom, left:right]
     mixed = images.clone()

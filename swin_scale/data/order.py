@@ -68,8 +68,7 @@ class EpochOrder:
         if block < 1:
             raise UserError(f"data.block is {block}; it must be at least 1")
         self.samples = sum(source.samples_per_epoch for source in sources)
-        if self.samples <= SHUFFLED_SAMPLES:
-            block = 1
+        block = used_block(self.samples, block)
         starts, sizes, copies = [], [], []
         first_id = 0
         for number, source in enumerate(sources):
@@ -116,6 +115,11 @@ class EpochOrder:
     def ids(self, start: int, stop: int) -> np.ndarray:
         """(stop - start,) int64 global sample ids at positions start to stop - 1."""
         return self.lookup(np.arange(start, stop, dtype=np.int64))[0]
+
+
+def used_block(samples: int, block: int) -> int:
+    """Consecutive samples that an epoch of `samples` reads together: `block`, or 1 when it all fits the page cache."""
+    return 1 if samples <= SHUFFLED_SAMPLES else block
 
 
 def _blocks(source: Source, first_id: int, block: int) -> tuple[np.ndarray, np.ndarray]:

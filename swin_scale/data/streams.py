@@ -12,8 +12,8 @@ from swin_scale.config import Augment
 from swin_scale.data.augment import EvalTransform, TrainTransform
 from swin_scale.data.decode import MAX_PIXELS, Decoder
 from swin_scale.data.loader import Batches, Request
-from swin_scale.data.order import BatchOrder, Source, StoredOrder, rank_slots
-from swin_scale.data.reader import check_labels
+from swin_scale.data.order import BatchOrder, Source, StoredOrder, rank_slots, used_block
+from swin_scale.data.reader import check_index
 from swin_scale.data.worker import Recipe, Skipped
 from swin_scale.errors import DataError, UserError
 from swin_scale.shards import ShardSet
@@ -27,7 +27,7 @@ class _Stream:
 
     def __init__(self, sources: Sequence[ShardSet], order: BatchOrder | StoredOrder, recipe: Recipe) -> None:
         for source in sources:
-            check_labels(source)
+            check_index(source)
         self.sources = tuple(sources)
         self.order = order
         self.recipe = recipe
@@ -91,7 +91,9 @@ class TrainStream(_Stream):
             block=block,
         )
         transform = TrainTransform.create(augment, img_size)
-        super().__init__(sources, order, _recipe(sources, transform, seed, max_pixels, decoder, block))
+        super().__init__(
+            sources, order, _recipe(sources, transform, seed, max_pixels, decoder, used_block(order.samples, block))
+        )
 
     def batches(
         self,

@@ -86,6 +86,7 @@ WHOLE = encode(photo(6))
         (encode(photo(8), "TIFF"), "not a JPEG"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_content_is_named(data, reason):
     with pytest.raises(BadSample, match=reason) as caught:
         decode_rgb(data)

@@ -81,7 +81,7 @@ def test_epoch_end_is_filled_with_empty_slots(stream, expected):
 def test_batches_may_be_kept_and_their_memory_comes_back(stream, expected):
     with stream.batches(stop_step=12, workers=2) as batches:
         assert all(same(*pair) for pair in zip(list(batches), expected))
-    with stream.batches(stop_step=200, workers=2) as batches:
+    with stream.batches(stop_step=60, workers=2) as batches:
         for batch in batches:
             view = batch.images[3:5]
             del batch

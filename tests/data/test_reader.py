@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from swin_scale.data import reader as reader_module
-from swin_scale.data.reader import BadSample, ImageReader, check_labels, open_shard_sets
+from swin_scale.data.reader import BadSample, ImageReader, check_index, open_shard_sets
 from swin_scale.errors import DataError, UserError
 from swin_scale.shards import ShardSet
 from tests.data.conftest import encode, photo, write_shards
@@ -113,4 +113,9 @@ def test_labels_are_checked(shards, label, message):
     index = shards.index.copy()
     index["label"][9] = label
     with pytest.raises(DataError, match=message):
-        check_labels(ShardSet(directory=shards.directory, manifest=shards.manifest, index=index))
+        check_index(ShardSet(directory=shards.directory, manifest=shards.manifest, index=index))
+
+
+def test_rows_out_of_shard_order_are_refused(shards):
+    with pytest.raises(DataError, match=r"10 samples of train-000000\.tar"):
+        check_index(ShardSet(directory=shards.directory, manifest=shards.manifest, index=shards.index[::-1].copy()))

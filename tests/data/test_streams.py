@@ -66,3 +66,17 @@ def test_ledger_writes_lines_and_stops_past_the_rate(tmp_path):
     assert lines[-1] == {
         "step": 3, "epoch": 1, "id": 11, "source": "/shards", "shard": "a.tar", "key": "key11", "reason": "zero bytes"
     }  # fmt: skip
+
+
+def test_package_names_resolve_without_torch_until_needed():
+    import subprocess
+    import sys
+
+    import swin_scale.data
+
+    for name in swin_scale.data.__all__:
+        assert getattr(swin_scale.data, name).__name__ == name
+    with pytest.raises(AttributeError):
+        swin_scale.data.nothing  # noqa: B018
+    probe = "import sys; from swin_scale.data import BadSample, decode_rgb; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", probe], text=True).strip() == "False"

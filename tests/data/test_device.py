@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from swin_scale.data.finish import MEAN, STD, finish, keyed_normal
+from swin_scale.data.device import MEAN, STD, finish, keyed_normal
 from tests.peers import timm, torchvision
 
 
