@@ -8,7 +8,7 @@ timed: if it is a peer, it is listed with its error; if it is ours, nothing is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from swin_scale.bench import peers
 from swin_scale.bench.peers import Contestant, PeerMissing
-from swin_scale.bench.result import Result, describe
+from swin_scale.bench.result import Result, describe, fixed_threads
 from swin_scale.bench.timing import Comparison, compare, seconds_of
 from swin_scale.errors import SwinScaleError, UserError
 from swin_scale.models import create_model, variant
@@ -80,7 +80,8 @@ def bench_model(
         raise UserError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, autocast = PRECISIONS[precision]
-    with _fixed(threads):
+    # fp32 is fp32: cuDNN would take TF32 for the patch embedding.
+    with fixed_threads(threads), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         v = replace(v, drop_path_rate=0.0, drop_rate=0.0)
         overrides |= {"drop_path_rate": 0.0, "drop_rate": 0.0}
         reference = randomise(create_model(name, **overrides)).double()
@@ -201,7 +202,7 @@ def _admitted(
 
 
 def _contestants(
-    name: str, overrides: dict[str, Any], weights: dict[str, Tensor], checkout: str | None, compiled: bool
+    name: str, overrides: dict[str, Any], weights: Mapping[str, Tensor], checkout: str | None, compiled: bool
 ) -> tuple[list[Contestant], dict[str, str]]:
     """Ours, every peer at hand and ours again, all with `weights`; and why a peer is missing."""
     v = variant(name, **overrides)
@@ -271,18 +272,6 @@ def _inputs(model: Any, batch: int) -> tuple[Tensor, Tensor]:
     patch, v = model.variant.patch_size, model.variant
     x = torch.randn(batch, v.in_chans, height * patch, width * patch, generator=generator)
     return x, torch.randint(v.num_classes, (batch,), generator=generator)
-
-
-@contextlib.contextmanager
-def _fixed(threads: int) -> Iterator[None]:
-    """Number of threads, and fp32 that is fp32: cuDNN would take TF32 for the patch embedding."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _command(
