@@ -328,7 +328,7 @@ def _meet(layout: Layout, timeout_s: float) -> torch.distributed.Store:
     serves = layout.rank == 0 and not layout.agent_store
 
     try:
-        return torch.distributed.TCPStore(
+        store = torch.distributed.TCPStore(
             host, port, layout.world, is_master=serves, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
         )
     except RuntimeError as error:
@@ -340,6 +340,8 @@ def _meet(layout: Layout, timeout_s: float) -> torch.distributed.Store:
             f"rank {layout.rank} could not reach rank 0 at {host}:{port} within {timeout_s:g} s; check that rank 0 "
             "runs and that MASTER_ADDR is reachable from this machine"
         ) from error
+    # The keys of the attempt before would let ranks run past each other.
+    return torch.distributed.PrefixStore(f"attempt_{layout.attempt}", store) if layout.attempt else store
 
 
 def _resolve(host: str, timeout_s: float) -> None:

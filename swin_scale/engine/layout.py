@@ -31,6 +31,8 @@ class Layout:
     master_port: int | None = None
     agent_store: bool = False
     """torchrun's agent already serves the store at the master address; rank 0 joins it as a client."""
+    attempt: int = 0
+    """How often torchrun restarted the processes of this one machine in the store that it goes on serving."""
     source: str = "plain"
     """`plain`, `torchrun` or `slurm`: whose variables these are."""
 
@@ -77,6 +79,9 @@ def _from_torchrun(environ: Mapping[str, str], in_step: bool) -> Layout:
         local_world = 1
     else:
         raise UserError("LOCAL_WORLD_SIZE is not set beside RANK and WORLD_SIZE; set it to the processes per machine")
+    agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # Over several machines restarts are counted apart, and each round has a new store.
+    same_store = agent_store and local_world == world and "TORCHELASTIC_RESTART_COUNT" in environ
     return Layout(
         rank=_integer(environ, "RANK"),
         world=world,
@@ -84,7 +89,8 @@ def _from_torchrun(environ: Mapping[str, str], in_step: bool) -> Layout:
         local_world=local_world,
         master_addr=environ["MASTER_ADDR"] if world > 1 else None,
         master_port=_port(environ) if world > 1 else None,
-        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        agent_store=agent_store,
+        attempt=_integer(environ, "TORCHELASTIC_RESTART_COUNT") if same_store else 0,
         source="torchrun",
     )
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -160,3 +162,32 @@ def test_only_errors_of_peers_are_translated():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert is_peer_loss(PeerLostError("x"))
     assert not is_peer_loss(ValueError("timed out"))
+
+
+@pytest.mark.proof
+def test_under_torchrun(tmp_path):
+    """torchrun serves the store itself: rank 0 joins it as a client, and a restarted attempt finds clean keys."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from swin_scale.engine.dist import init, read_env\n"
+        "with init(read_env(os.environ), timeout_s=30, device='cpu') as dist:\n"
+        "    dist.barrier('start')\n"
+        "    total = dist.sum_ints([dist.rank + 1])\n"
+        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        sys.exit(3)\n"
+        "    gathered = dist.gather_json('ranks', dist.rank)\n"
+        "    if dist.is_main:\n"
+        f"        open({str(tmp_path / 'out')!r}, 'w').write(f'{{dist.serves_store}} {{total}} {{gathered}}')\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        "--monitor-interval=0.2",
+    ]
+    subprocess.run([*command, f"--master-port={free_port()}", str(script)], check=True, timeout=120,
+                   env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True)  # fmt: skip
+    assert (tmp_path / "out").read_text() == "False [3] [0, 1]"

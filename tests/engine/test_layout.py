@@ -101,6 +101,14 @@ def test_refused(environ, message):
         read_env(environ)
 
 
+def test_torchruns_restarts_count_where_the_store_lives_on():
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    one_machine = {**TORCHRUN, "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    assert read_env({**one_machine, **agent}).attempt == 2
+    assert read_env({**one_machine, **agent, "TORCHELASTIC_USE_AGENT_STORE": "False"}).attempt == 0
+    assert read_env({**TORCHRUN, **agent}).attempt == 0
+
+
 def test_two_steps_of_one_job_meet_on_different_ports():
     ports = {read_env({**SLURM_TASK, "SLURM_STEP_ID": str(step)}).master_port for step in range(5)}
     assert len(ports) == 5
