@@ -180,14 +180,12 @@ def test_under_torchrun(tmp_path):
         "    if dist.is_main:\n"
         f"        open({str(tmp_path / 'out')!r}, 'w').write(f'{{dist.serves_store}} {{total}} {{gathered}}')\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--max-restarts=1",
-        "--monitor-interval=0.2",
-    ]
-    subprocess.run([*command, f"--master-port={free_port()}", str(script)], check=True, timeout=120,
-                   env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True)  # fmt: skip
+    options = ["--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.2", f"--master-port={free_port()}"]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script)],
+        check=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+    )
     assert (tmp_path / "out").read_text() == "False [3] [0, 1]"
