@@ -65,13 +65,11 @@ def index_shards(
         found[number] = (shard, rows)
         if progress is not None:
             progress(done, len(paths))
-    filled = [entry for entry in found if entry is not None and len(entry[1])]
-    if not filled:
-        raise DataError(f"{directory}: no sample in {len(paths)} shards")
-    for number, (_, rows) in enumerate(filled):
+    pairs = [entry for entry in found if entry is not None]
+    for number, (_, rows) in enumerate(pairs):
         rows["shard"] = number
-    index = np.concatenate([rows for _, rows in filled])
-    shards = tuple(shard for shard, _ in filled)
+    index = np.concatenate([rows for _, rows in pairs])
+    shards = tuple(shard for shard, _ in pairs)
     if classes is None:
         classes = [str(label) for label in range(index["label"].max() + 1)]
     _check_labels(directory, shards, index, len(classes))
@@ -121,6 +119,8 @@ def _read_shard(job: _Job) -> tuple[int, Shard, np.ndarray]:
                 raise DataError(f"{job.path}: sample {sample.key!r} {'; '.join(faults)}; write the shard again")
             digest = xxhash.xxh3_64_intdigest(sample.image)
             rows.append((0, sample.offset, len(sample.image), -1 if label is None else label, digest))
+        if not rows:
+            raise DataError(f"{job.path} holds no sample; remove it and re-index")
         shard = Shard(name=job.path.name, samples=len(rows), bytes=tar.size, xxh3_128=tar.digest())
     return job.number, shard, np.array(rows, INDEX_DTYPE)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -103,10 +104,15 @@ class TarReader:
         self.position = 0
         self._digest = xxhash.xxh3_128()
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 - a context manager itself
+            # O_NONBLOCK: a named pipe must not make us wait for its writer.
+            self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from error
-        self.size = os.fstat(self._file.fileno()).st_size
+        status = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            self._file.close()
+            raise DataError(f"{path}: not a regular file")
+        self.size = status.st_size
 
     def __enter__(self) -> TarReader:
         return self
@@ -122,7 +128,10 @@ class TarReader:
 
     def pread(self, offset: int, size: int) -> bytes:
         """Bytes at `offset`, outside the walk and its digest."""
-        return os.pread(self._file.fileno(), size, offset)
+        try:
+            return os.pread(self._file.fileno(), size, offset)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read at byte {offset}: {error.strerror}") from error
 
     def members(self) -> Iterator[Member]:
         """Every regular file in stored order. Raises DataError at the first thing that is not plainly a shard's."""
@@ -179,7 +188,10 @@ class TarReader:
             yield _finished(sample)
 
     def _read(self, size: int) -> bytes:
-        data = self._file.read(size)
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read at byte {self.position}: {error.strerror}") from error
         self._digest.update(data)
         self.position += len(data)
         return data

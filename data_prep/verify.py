@@ -179,24 +179,29 @@ def _verify_shard(job: _Job) -> _Finding:
                 problems.extend(_problem(name, sample.key, *fault) for fault in _sample_faults(sample, row, job))
         except DataError as error:
             problems.append(_problem(name, None, str(error), _RESTORE))
-        for row in rows.values():
-            problems.extend(_problem(name, *fault) for fault in _row_faults(tar, row, job))
-        if tar.size != job.shard.bytes:
-            what = f"has {tar.size} bytes, {MANIFEST_NAME} says {job.shard.bytes}"
-            problems.append(_problem(name, None, what, _RESTORE))
-        if (digest := tar.digest()) != job.shard.xxh3_128:
-            what = f"xxh3_128 is {digest}, {MANIFEST_NAME} says {job.shard.xxh3_128}"
-            problems.append(_problem(name, None, what, _RESTORE))
-        if len(keys) != job.shard.samples:
-            what = f"{len(keys)} samples can be walked, {MANIFEST_NAME} says {job.shard.samples}"
-            problems.append(_problem(name, None, what, _RESTORE))
-        problems.extend(
-            _problem(name, key, f"key occurs {count} times in this shard", "write the set again")
-            for key, count in Counter(keys).items()
-            if count > 1
-        )
-        digests = np.array([_key_digest(key) for key in set(keys)], np.uint64)
-        return _Finding(number=job.number, problems=problems, keys=digests, bytes=tar.size)
+        try:
+            for row in rows.values():
+                problems.extend(_problem(name, *fault) for fault in _row_faults(tar, row, job))
+            problems.extend(_problem(name, None, what, _RESTORE) for what in _shard_faults(tar, len(keys), job.shard))
+        except DataError as error:  # the storage itself
+            problems.append(_problem(name, None, str(error), _RESTORE))
+    problems.extend(
+        _problem(name, key, f"key occurs {count} times in this shard", "write the set again")
+        for key, count in Counter(keys).items()
+        if count > 1
+    )
+    digests = np.array([_key_digest(key) for key in set(keys)], np.uint64)
+    return _Finding(number=job.number, problems=problems, keys=digests, bytes=tar.size)
+
+
+def _shard_faults(tar: TarReader, samples: int, shard: Shard) -> Iterator[str]:
+    """How the file as a whole departs from the manifest."""
+    if tar.size != shard.bytes:
+        yield f"has {tar.size} bytes, {MANIFEST_NAME} says {shard.bytes}"
+    if (digest := tar.digest()) != shard.xxh3_128:
+        yield f"xxh3_128 is {digest}, {MANIFEST_NAME} says {shard.xxh3_128}"
+    if samples != shard.samples:
+        yield f"{samples} samples can be walked, {MANIFEST_NAME} says {shard.samples}"
 
 
 def _sample_faults(sample: Sample, row: np.void | None, job: _Job) -> Iterator[tuple[str, str]]:
@@ -264,6 +269,8 @@ def _shared_keys(directory: Path, manifest: Manifest, findings: list[_Finding]) 
     digests = np.concatenate([finding.keys for finding in findings])
     values, counts = np.unique(digests, return_counts=True)
     shared = set(values[counts > 1].tolist())
+    if not shared:
+        return
     first_seen: dict[str, str] = {}
     for finding in findings:
         if shared.isdisjoint(finding.keys.tolist()):

@@ -11,12 +11,14 @@ the manifest comes last and is the mark of a complete set.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,11 +77,11 @@ class Record:
 
     @classmethod
     def load(cls, records: Path, number: int) -> Record | None:
-        """The record of a finished shard; None when there is none."""
+        """The record of a finished shard; None when there is none, or none that can be read."""
         try:
             with np.load(records / f"{number:06d}.npz", allow_pickle=False) as file:
                 rows, body = file["rows"], json.loads(file["body"].tobytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
             return None
         left_out = tuple((path, reason) for path, reason in body["left_out"])
         return cls(number=number, rows=rows, bytes=body["bytes"], xxh3_128=body["xxh3_128"], left_out=left_out)
@@ -112,6 +114,8 @@ def write_shards(
     source, out = Path(source), Path(out)
     _check_sizes(shard_bytes, samples_per_shard, seed)
     if list_path is None:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{out} lies inside {source} and would become a class of it; write to another folder")
         listing = list_folders(source, classes=classes, wnids=wnids)
     else:
         listing = list_file(source, Path(list_path), classes=classes, wnids=wnids)
@@ -168,6 +172,10 @@ def _locked(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out} is being written by another process; wait for it or stop it") from None
+        except OSError as error:
+            # Lustre mounted without -o flock: a second writer would do the same work twice, but break nothing.
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
         yield
 
 

@@ -59,6 +59,15 @@ def test_images_are_stored_untouched_in_the_seeded_permutation(tree, written):
     assert [shard.samples for shard in manifest.shards] == [12] * 5
 
 
+def test_labels_are_those_of_torchvision(tree, written):
+    from tests.peers import torchvision
+
+    peer = torchvision.datasets.ImageFolder(str(tree))
+    assert tuple(peer.classes) == ShardSet.open(written).manifest.classes
+    theirs = sorted((Path(path).read_bytes(), label) for path, label in peer.samples)
+    assert sorted(stored_images(written)) == theirs
+
+
 def test_permutation_is_one_and_is_golden():
     for samples in (1, 2, 1000):
         assert sorted(permutation(samples, 7)) == list(range(samples))
@@ -122,6 +131,7 @@ def test_killed_write_goes_on_and_gives_the_same_bytes(tree, tmp_path, workers):
             kept.setdefault(path, path.stat().st_mtime_ns)
     assert kept and len(kept) < 30 and not (out / "manifest.json").exists()
     (out / ".shard-000029.tar.1.tmp").write_bytes(b"half a shard")
+    (out / ".records" / "000029.npz").write_bytes(b"half a record")
     write_shards(tree, out, samples_per_shard=2, workers=1)
     assert contents(out) == contents(whole)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -170,7 +180,9 @@ def test_same_call_again_changes_nothing_and_another_is_refused(tree, tmp_path):
     with pytest.raises(UserError, match="seed was 0, is 1"):
         write_shards(tree, out, samples_per_shard=30, seed=1, workers=1)
     with pytest.raises(UserError, match="not empty"):
-        write_shards(tree, tree, workers=1)
+        write_shards(tree, tmp_path, workers=1)
+    with pytest.raises(UserError, match="would become a class"):
+        write_shards(tree, tree / "shards", workers=1)
 
 
 def png_claiming(width: int, height: int) -> bytes:
