@@ -1,7 +1,7 @@
 """Run a function on several real processes, as ordinary unit tests do.
 
-The processes are forked from a server that has torch and deepspeed imported already, so that a spawn costs a fraction of a second;
-each runs with one thread, sees torchrun's variables and is killed when it outlives its time.
+The processes are forked from a server that has torch and deepspeed imported already, so that a spawn costs a fraction
+of a second; each runs with one thread, sees torchrun's variables and is killed when it outlives its time.
 """
 
 import faulthandler
