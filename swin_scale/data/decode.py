@@ -36,8 +36,8 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, decoder: Decoder = 
     """Decode one image to mode RGB. Raises BadSample for anything that is not a whole image of a known format.
 
     The size is checked from the header, before any pixel is decoded. Alpha is dropped and EXIF orientation ignored, as
-    the official code does; 16-bit grey keeps its upper 8 bits. `decoder` "simplejpeg" decodes JPEGs 7 % faster; it is part of
-    what makes a run reproducible, as another JPEG library may round differently.
+    the official code does; 16-bit grey keeps its upper 8 bits. `decoder` "simplejpeg" decodes JPEGs 7 % faster; it is
+    part of what makes a run reproducible, as another JPEG library may round differently.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)

@@ -6,6 +6,9 @@ the sample its slot and nothing else.
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import itertools
 import os
 import re
 import tarfile
@@ -104,17 +107,18 @@ class ImageReader:
         self.sources = tuple(sources)
         self.block = block
         self.retry_delays_s = tuple(retry_delays_s)
-        self._first_ids = np.cumsum([0, *(len(source) for source in sources)])
+        self._first_ids = list(itertools.accumulate((len(source) for source in sources), initial=0))
         self._shard_rows = [
-            np.cumsum([0, *(shard.samples for shard in source.manifest.shards)]) for source in self.sources
+            list(itertools.accumulate((shard.samples for shard in source.manifest.shards), initial=0))
+            for source in self.sources
         ]
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(source number, index row) of a global sample id."""
-        source = int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+        source = bisect.bisect_right(self._first_ids, sample_id) - 1
         assert 0 <= source < len(self.sources), sample_id
-        return source, sample_id - int(self._first_ids[source])
+        return source, sample_id - self._first_ids[source]
 
     def read(self, sample_id: int) -> Encoded:
         """The stored bytes, checked against the index digest. Raises BadSample, or DataError when I/O keeps failing."""
@@ -125,7 +129,15 @@ class ImageReader:
             raise BadSample("zero bytes")
         if size > MAX_IMAGE_BYTES:
             raise BadSample(f"{size} bytes, more than the {MAX_IMAGE_BYTES} that are read")
-        data = self._pread(source, int(row["shard"]), int(row["offset"]), size)
+        shard, offset = int(row["shard"]), int(row["offset"])
+        shards = self.sources[source].manifest.shards
+        if shard >= len(shards) or offset + size > shards[shard].bytes:
+            directory = self.sources[source].directory
+            raise DataError(
+                f"{directory}: row {number} of the index points outside its shard; rebuild it with "
+                f"`swin-scale shards index {directory}`"
+            )
+        data = self._pread(source, shard, offset, size)
         if xxhash.xxh3_64_intdigest(data) != int(row["digest"]):
             raise BadSample("bytes differ from the digest in the index")
         return Encoded(data, int(row["label"]))
@@ -139,12 +151,17 @@ class ImageReader:
             index = self.sources[source].index
             row = index[number]
             shard, begin = int(row["shard"]), int(row["offset"])
+            if shard >= len(self.sources[source].manifest.shards):
+                continue
             last = row
             rows = self._shard_rows[source]
-            if self.block > 1 and (number - int(rows[shard])) % self.block == 0:
-                last = index[min(number + self.block, int(rows[shard + 1])) - 1]
+            if self.block > 1 and (number - rows[shard]) % self.block == 0:
+                last = index[min(number + self.block, rows[shard + 1]) - 1]
             end = int(last["offset"]) + int(last["size"])
-            os.posix_fadvise(self._descriptor(source, shard), begin, end - begin, os.POSIX_FADV_WILLNEED)
+            descriptor = self._descriptor(source, shard)
+            # Only advice: what is wrong with the file is for `read` to say.
+            with contextlib.suppress(OSError, OverflowError):
+                os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def describe(self, sample_id: int) -> tuple[str, str, str]:
         """(source directory, shard name, key) of a sample, for ``skipped.jsonl``."""
@@ -180,7 +197,7 @@ class ImageReader:
             self._open.move_to_end(key)
             return self._open[key]
         path = self.sources[source].path(shard)
-        descriptor = self._retry(path, 0, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        descriptor = self._retry(source, shard, 0, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         self._open[key] = descriptor
         if len(self._open) > MAX_OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
@@ -188,7 +205,6 @@ class ImageReader:
 
     def _pread(self, source: int, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of a shard; a file that ends before them is damaged (DataError)."""
-        path = self.sources[source].path(shard)
 
         def attempt() -> bytes:
             descriptor = self._descriptor(source, shard)
@@ -201,19 +217,21 @@ class ImageReader:
                     data += more
             except OSError:
                 # A stale handle of a network file system never recovers; a fresh one may.
-                os.close(self._open.pop((source, shard)))
+                with contextlib.suppress(OSError):
+                    os.close(self._open.pop((source, shard)))
                 raise
             return data
 
-        data = self._retry(path, offset, attempt)
+        data = self._retry(source, shard, offset, attempt)
         if len(data) < size:
+            path = self.sources[source].path(shard)
             raise DataError(
                 f"{path} ends before byte {offset + size}, where the index expects an image; restore the file, or find "
                 f"all damage with `swin-scale shards verify`"
             )
         return data
 
-    def _retry(self, path: os.PathLike[str], offset: int, attempt: Callable[[], T]) -> T:
+    def _retry(self, source: int, shard: int, offset: int, attempt: Callable[[], T]) -> T:
         """`attempt()`, repeated after OSError with growing pauses; DataError when they are used up."""
         for delay in self.retry_delays_s:
             try:
@@ -223,6 +241,7 @@ class ImageReader:
         try:
             return attempt()
         except OSError as error:
+            path = self.sources[source].path(shard)
             raise DataError(
                 f"{path}, byte {offset}: {error.strerror or error} ({len(self.retry_delays_s) + 1} attempts); check "
                 f"that the file exists and its file system is healthy, then start the same command again"

@@ -119,3 +119,13 @@ def test_labels_are_checked(shards, label, message):
 def test_rows_out_of_shard_order_are_refused(shards):
     with pytest.raises(DataError, match=r"10 samples of train-000000\.tar"):
         check_index(ShardSet(directory=shards.directory, manifest=shards.manifest, index=shards.index[::-1].copy()))
+
+
+@pytest.mark.parametrize(("field", "value"), [("shard", 99), ("offset", 2**63), ("offset", 2**20)])
+def test_rows_that_point_nowhere_end_the_run(shards, field, value):
+    index = shards.index.copy()
+    index[field][7] = value
+    reader = ImageReader([ShardSet(directory=shards.directory, manifest=shards.manifest, index=index)], block=4)
+    reader.read_ahead(np.arange(10))
+    with pytest.raises(DataError, match="row 7 of the index points outside its shard"):
+        reader.read(7)
