@@ -27,12 +27,13 @@ $(INSTALLED): setup.py constraints.txt
 
 demo: $(INSTALLED)
 	rm -rf demo
-	$(BIN)/python -m data_prep.digits demo/images
+	$(BIN)/python -c "from data_prep.digits import write_digit_folders; write_digit_folders('demo/images')"
 	$(SWIN) shards write demo/images/train demo/shards/train
 	$(SWIN) shards write demo/images/val demo/shards/val
 	$(SWIN) shards verify demo/shards/train
 	$(SWIN) launch local --nproc 2 configs/demo.yaml
-	$(SWIN) eval --weights demo/run --data demo/shards/val | tee demo/eval.json
+	$(SWIN) eval --weights demo/run --data demo/shards/val > demo/eval.json
+	@cat demo/eval.json
 	$(SWIN) convert demo/run demo/weights.safetensors --to safetensors
 	$(SWIN) convert demo/run demo/weights.pth --to official
 	$(SWIN) predict --weights demo/weights.safetensors "$$(find demo/images/val/7 -type f | sort | head -n 1)"

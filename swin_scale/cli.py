@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="what is in a checkpoint, a weight file, a shard set, a config")
     inspect.add_argument("path")
+    inspect.set_defaults(overrides=[])
     inspect.set_defaults(handler=_inspect)
 
     configs = verbs.add_parser("configs", help="the shipped recipes")
@@ -146,7 +147,8 @@ def _find_config(name: str) -> Path:
 def _load(arguments: argparse.Namespace):
     from swin_scale.config_load import load_config
 
-    return load_config(_find_config(arguments.config), arguments.overrides)
+    name = arguments.path if arguments.verb == "inspect" else arguments.config
+    return load_config(_find_config(name), arguments.overrides)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -218,9 +220,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from swin_scale.inspect import describe
+    if arguments.path.endswith((".yaml", ".yml")):
+        return _configs_show(arguments)
+    from swin_scale.convert import inspect_path
 
-    print(describe(arguments.path))
+    print(inspect_path(arguments.path))
     return 0
 
 

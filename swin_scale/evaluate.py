@@ -77,7 +77,7 @@ def evaluate_weights(
                 f"({ours[0]} ...); labels would not mean the same"
             )
     streams = [
-        EvalStream(source, global_batch=batch, img_size=network.img_size, augment=Augment(eval_crop=crop))
+        EvalStream(source, global_batch=batch, img_size=network.variant.img_size, augment=Augment(eval_crop=crop))
         for source in sources
     ]
     with init(Layout(), timeout_s=60) as dist, torch.no_grad():

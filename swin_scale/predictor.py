@@ -74,15 +74,15 @@ def class_names(info: ModelInfo) -> tuple[str, ...]:
 def _predictor(network: nn.Module, classes: tuple[str, ...]) -> Callable[..., list[Guess]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
-    transform = EvalTransform.create(Augment(), network.img_size)
-    count = network.num_classes
+    transform = EvalTransform.create(Augment(), network.variant.img_size)
+    count = network.variant.num_classes
     if classes and len(classes) != count:
         raise UserError(f"there are {len(classes)} class names for a model of {count} classes")
 
     @torch.no_grad()
     def predictor(image: ImageLike, *, topk: int = 5) -> list[Guess]:
         pixels, _ = transform(_open(image))
-        inputs = finish(torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).to(device))
+        inputs = finish(torch.tensor(pixels).permute(2, 0, 1).unsqueeze(0).to(device))
         probabilities = network(inputs).float().softmax(-1)[0]
         best = probabilities.topk(min(topk, count))
         return [

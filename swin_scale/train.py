@@ -37,7 +37,7 @@ from swin_scale.errors import CheckpointError, DataError, DivergedError, SwinSca
 from swin_scale.evaluate import evaluate
 from swin_scale.files import write_atomic
 from swin_scale.log import setup_logging
-from swin_scale.models import create_model, variant
+from swin_scale.models import Variant, create_model, flops, variant
 from swin_scale.shards import ShardSet
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
     """Fill in what follows from the model's name and the data; raises UserError or DataError before anything starts."""
     config, origin = loaded.config, dict(loaded.origin)
     plan = batch_plan(config, ranks)
-    architecture = variant(config.model.name)
+    default = variant(config.model.name)
     sources = [ShardSet.open(path) for path in config.data.train]
     val_sources = [ShardSet.open(path) for path in config.data.val]
     classes = _class_names(sources + val_sources)
@@ -78,7 +78,7 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
             "leave it out to follow the data"
         )
     if config.data.img_size is None:
-        config = _replace(config, "data", img_size=architecture.img_size)
+        config = _replace(config, "data", img_size=default.img_size)
         origin["data.img_size"] = config.model.name
     if config.model.num_classes is None:
         config = _replace(config, "model", num_classes=len(classes))
@@ -119,6 +119,11 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
     }
     text = LoadedConfig(config=config, origin=origin).dump()
     return Job(config=config, config_text=text, plan=plan, stream=stream, val=val, model=model)
+
+
+def architecture(job: Job) -> Variant:
+    """The model's variant with the job's overrides."""
+    return variant(job.model["name"], **job.model["overrides"])
 
 
 def _replace(config: Config, section: str, **values: Any) -> Config:
@@ -168,7 +173,8 @@ def _train(job: Job, dist: Dist, allow_change: bool) -> None:
     schedule = Schedule.from_config(config, job.stream.steps_per_epoch)
     engine = Engine(model, config, plan, schedule, dist)
     logger.info("%s", describe_groups(engine.groups))
-    with StepLog(run_dir, config, job.stream, dist) as log:
+    macs = flops(architecture(job))
+    with StepLog(run_dir, config, job.stream, dist, total_steps=job.stop_step, flops_per_image=macs) as log:
         step = 0
         if checkpoint is not None:
             with checkpoint:
@@ -196,6 +202,7 @@ def _loop(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> int:
         timeout_s=config.engine.timeout_s,
     )
     evaluated = None
+    log.start(step)
     with batches:
         for batch in batches:
             if step == 0:
@@ -297,7 +304,7 @@ def cursor(job: Job, step: int) -> dict[str, Any]:
     sources = [
         {
             "samples": len(source),
-            "digest": xxhash.xxh3_64_hexdigest("".join(shard.xxh3_128 for shard in source.manifest.shards)),
+            "digest": xxhash.xxh3_64_hexdigest("".join(s.xxh3_128 for s in source.manifest.shards).encode()),
         }
         for source in job.stream.sources
     ]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOOR_0 = {"config", "config_load", "errors", "files", "shards", "log", "labels", "__init__"}
 FLOOR_1 = {"models", "moe", "kernels", "checkpoint"}
 FLOOR_2 = {"engine", "data", "convert"}
-FLOOR_3 = {"cli", "train", "evaluate", "predictor", "inspect", "plan", "bench", "__main__"}
+FLOOR_3 = {"cli", "train", "evaluate", "predictor", "plan", "bench", "__main__"}
 HOMES = {
     "deepspeed": {"swin_scale/engine/fragments.py"},
     "webdataset": {"swin_scale/data"},

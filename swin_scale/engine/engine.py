@@ -64,7 +64,8 @@ class Engine:
         self.schedule = schedule
         self.dtype = DTYPES[config.engine.precision]
         on_gpu = dist.device.type == "cuda"
-        deepspeed = import_deepspeed(on_gpu, dist.local_rank)
+        # Each task may see one GPU alone: the device, not the local rank, is what DeepSpeed must select.
+        deepspeed = import_deepspeed(on_gpu, dist.device.index or 0 if on_gpu else dist.local_rank)
         if config.engine.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise UserError("engine.precision is fp16, which this device does not support; use bf16 or fp32")
         model.to(dist.device)
