@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,10 @@ class Result:
 
     def write(self, path: str | Path) -> None:
         """As JSON, whole or not at all."""
-        write_atomic(Path(path), (json.dumps(self.figures, indent=1) + "\n").encode())
+        text = json.dumps(self.figures, indent=1)
+        # A pair of times to a line, not a number.
+        text = re.sub(r"\[\s+([-+.\de]+),\s+([-+.\de]+)\s+\]", r"[\1, \2]", text)
+        write_atomic(Path(path), (text + "\n").encode())
 
 
 def describe(bench: str, command: str, device: torch.device) -> dict[str, Any]:

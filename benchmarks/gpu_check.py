@@ -1,0 +1,137 @@
+"""GPU tests and benchmarks of one part, on a machine that has a GPU: ``python benchmarks/gpu_check.py train|model``.
+
+Each part fits 8 minutes on one H100 or H200; what no longer fits is named as left out. Everything runs in processes of
+their own with this interpreter, from the repository's root. Results are small JSON files below --out, with
+``PART.json`` saying what passed. Exit codes: 0 all passed, 1 something failed or was left out, 2 no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+BUDGET_S = 450.0
+
+W8, W16, W12 = (
+    "swinv2_tiny_patch4_window8_256",
+    "swinv2_tiny_patch4_window16_256",
+    "swinv2_base_patch4_window12_192_22k",
+)
+NANO = "swinv2_nano_patch4_window4_32"
+
+# File stem -> arguments of `swin-scale bench`, most telling first.
+CASES: dict[str, dict[str, list[str]]] = {
+    "train": {
+        "train-base-w12-bf16": ["train", "--model", W12, "--precision", "bf16", "--batch", "64"],
+        "train-base-w12-fp16": ["train", "--model", W12, "--precision", "fp16", "--batch", "64", "--warmup", "12"],
+        "train-base-w12-bf16-zero2": ["train", "--model", W12, "--batch", "64", "--zero-stage", "2"],
+        "train-base-w12-bf16-block": ["train", "--model", W12, "--batch", "64", "--activation-checkpointing", "block"],
+        "train-nano-bf16": ["train", "--model", NANO, "--precision", "bf16", "--batch", "256"],
+        "train-nano-fp16": ["train", "--model", NANO, "--precision", "fp16", "--batch", "256", "--warmup", "12"],
+    },
+    "model": {
+        "model-tiny-w8-amp-bf16": ["model", "--model", W8, "--batch", "64", "--precision", "amp-bf16", "--compile"],
+        "model-tiny-w8-fp32": ["model", "--model", W8, "--batch", "64", "--precision", "fp32"],
+        "model-tiny-w8-fp16": ["model", "--model", W8, "--batch", "64", "--precision", "fp16"],
+        "model-base-w12-amp-fp16": ["model", "--model", W12, "--batch", "64", "--precision", "amp-fp16", "--compile"],
+        "model-tiny-w16-bf16": ["model", "--model", W16, "--batch", "64", "--precision", "bf16"],
+    },
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=sorted(CASES))
+    parser.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
+    parser.add_argument("--rounds", type=int, default=20, help="of the model benchmarks")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for the whole part")
+    arguments = parser.parse_args()
+
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check: torch sees no CUDA device on this machine; nothing was tested", file=sys.stderr)
+        return 2
+    from swin_scale.bench.result import hardware, versions
+
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + arguments.budget
+    summary: dict[str, Any] = {
+        "part": arguments.part,
+        "hardware": hardware(torch.device("cuda")),
+        "versions": versions(),
+        "tests": run_tests(arguments.part, deadline),
+        "benchmarks": {},
+    }
+    for stem, options in CASES[arguments.part].items():
+        if options[0] == "model":
+            options = [*options, "--rounds", str(arguments.rounds)]
+            options += ["--official", str(Path(arguments.official).resolve())] if arguments.official else []
+        summary["benchmarks"][stem] = run_bench(options, out / f"{stem}.json", deadline)
+    summary["passed"] = summary["tests"]["passed"] and all(
+        case["outcome"] == "done" for case in summary["benchmarks"].values()
+    )
+    (out / f"{arguments.part}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(f"gpu-check: part={arguments.part} passed={summary['passed']} results={arguments.out}")
+    return 0 if summary["passed"] else 1
+
+
+def run_tests(part: str, deadline: float) -> dict[str, Any]:
+    """Run the part's GPU tests; their counts, and what they recorded as properties."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = ["-m", "pytest", "-m", "gpu", f"tests/gpu/test_{part}.py", f"--junitxml={report}"]
+        code, seconds = run(command, deadline)
+        if not report.exists():
+            return {"passed": False, "seconds": seconds, "outcome": f"pytest gave no report (exit code {code})"}
+        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    counts = {
+        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    }
+    properties = {
+        p.get("name"): p.get("value")
+        for suite in suites
+        for case in suite.iter("testcase")
+        for p in case.iter("property")
+    }
+    # A skipped test proves nothing here.
+    passed = code == 0 and counts["tests"] > 0 and counts["skipped"] == 0
+    return {"passed": passed, "seconds": seconds, **counts, "recorded": properties}
+
+
+def run_bench(options: list[str], path: Path, deadline: float) -> dict[str, Any]:
+    """One benchmark; its file is absent unless it ended well."""
+    path.unlink(missing_ok=True)
+    if time.monotonic() > deadline - 20:
+        print(f"left out, no time: {path.stem}")
+        return {"outcome": "left out: no time"}
+    code, seconds = run(["-m", "swin_scale", "bench", *options, "--out", str(path)], deadline)
+    return {"outcome": "done" if code == 0 and path.exists() else f"failed (exit code {code})", "seconds": seconds}
+
+
+def run(command: list[str], deadline: float) -> tuple[int | None, float]:
+    """Run this interpreter on `command` until `deadline`; exit code (None if it ran out of time) and seconds."""
+    began = time.monotonic()
+    try:
+        code = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, timeout=max(1.0, deadline - began), check=False
+        ).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+        print("out of time:", *command)
+    return code, round(time.monotonic() - began, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
