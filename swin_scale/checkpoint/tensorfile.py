@@ -171,7 +171,7 @@ def _rows(tensor: Tensor, limit: int) -> Iterator[Tensor]:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes; numpy has no bfloat16 or float8, so it goes through uint8."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_all(descriptor: int, view: memoryview, digest: Any) -> None:

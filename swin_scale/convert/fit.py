@@ -98,7 +98,15 @@ def fit(
             f"{where} lacks {len(missing)} of the model's {len(target)} keys: {', '.join(missing[:6])}"
             f"{', ...' if len(missing) > 6 else ''}; create the model the weights were made with"
         )
-    report = Report(source=where, target=into, **{name: tuple(lines) for name, lines in state.lists.items()})
+    lists = {name: tuple(lines) for name, lines in state.lists.items()}
+    report = Report(
+        source=where,
+        target=into,
+        copied=lists["copied"],
+        converted=lists["converted"],
+        dropped=lists["dropped"],
+        created=lists["created"],
+    )
     report.check(source, target)
     return {name: state.placed[name] for name in target}, report
 

@@ -20,28 +20,27 @@ _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
 def infer_model(state: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, Any]]:
     """(name, overrides) of the model that `state` fits.
 
-    Everything the tensors tell is compared with the known models: family, widths, depths, heads, classes, extra norms,
-    window, and from the official derived buffers also the image size and the pretrained windows. The first name that
-    agrees is taken (names that differ in drop-path rate only are the same model); failing that, any model of the
-    family with all of it as overrides. Raises CheckpointError when the image size cannot be told.
+    Everything the tensors tell is compared with the known models: family, widths, depths, heads, extra norms, window,
+    and from the official derived buffers also the image size and the pretrained windows. The first name that agrees in
+    all but the class count is taken (names that differ in drop-path rate only are the same model); failing that, the
+    nearest name with the differences as overrides. Raises CheckpointError when the image size cannot be told.
     """
     facts = read_facts(state, path)
-    family = facts["family"]
-    candidates = [name for name in list_models() if variant(name).family == family]
-    matching = [name for name in candidates if _agrees(variant(name), facts)]
-    sizes = {variant(name).img_size for name in matching}
-    if len(sizes) == 1:
-        return matching[0], {}
-    if "img_size" not in facts:
+    differences = {name: _differences(variant(name), facts) for name in list_models()}
+    differences = {name: unlike for name, unlike in differences.items() if "family" not in unlike}
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    matching = [name for name, unlike in differences.items() if unlike.keys() <= {"num_classes"}]
+    if "img_size" not in facts and len({variant(name).img_size for name in matching}) != 1:
         near = f"; it could be {', '.join(matching)}" if matching else ""
         raise CheckpointError(f"{path} does not tell the image size of its model{near}; name the model")
-    return candidates[0], {key: value for key, value in facts.items() if key != "family"}
+    return nearest, differences[nearest]
 
 
-def _agrees(v: Variant, facts: Mapping[str, Any]) -> bool:
+def _differences(v: Variant, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that do not hold for `v`."""
     windows = v.pretrained_window_sizes or (0,) * len(v.depths)
     known = dataclasses.asdict(v) | {"pretrained_window_sizes": windows}
-    return all(known[key] == value for key, value in facts.items())
+    return {key: value for key, value in facts.items() if known[key] != value}
 
 
 def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
@@ -76,8 +75,8 @@ def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         facts["window_size"] = max(window for window in windows.values() if window)
     for stage in stages:
         mask = state.get(f"layers.{stage}.blocks.1.attn_mask")
-        if mask is not None and windows[stage]:
-            facts["img_size"] = math.isqrt(mask.shape[0]) * windows[stage] * patch << stage
+        if mask is not None and (window := windows[stage]):
+            facts["img_size"] = math.isqrt(mask.shape[0]) * window * patch << stage
             break
     if family == "swinv2" and (pretrained := pretrained_windows(state)) is not None and windows[0]:
         present = tuple(windows[stage] for stage in stages)

@@ -160,7 +160,8 @@ def read_pickle(stream: BinaryIO, path: Path) -> tuple[Any, set[str]]:
     """
     machine = _Machine(path)
     try:
-        return machine.run(pickletools.genops(_Window(stream, MAX_PICKLE_BYTES))), machine.mentioned
+        window = _Window(stream, MAX_PICKLE_BYTES)
+        return machine.run(pickletools.genops(window)), machine.mentioned  # type: ignore[arg-type]
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, struct.error, OverflowError) as error:
         raise CheckpointError(f"{path} is not a readable pickle: {error}") from error
 

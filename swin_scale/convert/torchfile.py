@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from swin_scale.checkpoint.tensorfile import CHUNK_BYTES
 from swin_scale.convert.pickles import MAX_PICKLE_BYTES, LazyTensor, Storage, read_pickle
 from swin_scale.errors import CheckpointError
 
@@ -24,7 +26,6 @@ ZIP_MAGIC = b"PK\x03\x04"
 MAX_EXPANSION = 4
 """Tied weights are read once for each name; more than this many times the file is an attack."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 _STORAGES: Mapping[str, torch.dtype] = {
     "FloatStorage": torch.float32,
@@ -46,10 +47,14 @@ _TYPED: Mapping[str, torch.dtype] = {
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether `path` starts like a file of ``torch.save``; raises OSError."""
+    """Whether `path` starts like a file of ``torch.save``; raises OSError.
+
+    A legacy file starts with a pickle of protocol 2 (long integer) or above (frame). As a safetensors header those
+    bytes would state a length beyond what is read.
+    """
     with open(path, "rb") as file:
-        start = file.read(len(LEGACY_START))
-    return start.startswith((ZIP_MAGIC, LEGACY_START[:2]))
+        start = file.read(4)
+    return start == ZIP_MAGIC or (start[:1] == b"\x80" and start[2:3] in (b"\x8a", b"\x95"))
 
 
 class TorchFile(AbstractContextManager["TorchFile"]):
@@ -76,7 +81,7 @@ class TorchFile(AbstractContextManager["TorchFile"]):
             else:
                 self._file.seek(0)
                 self._open_legacy()
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError, struct.error) as error:
             self._file.close()
             raise CheckpointError(f"{path} is damaged: {error}") from error
         except CheckpointError:
@@ -148,7 +153,12 @@ class TorchFile(AbstractContextManager["TorchFile"]):
         self._read_bytes += elements * dtype.itemsize
         if self._read_bytes > MAX_EXPANSION * self._size:
             raise CheckpointError(f"{self.path}: its tensors are views of each other, many times its size; refused")
-        return self._storage(lazy.storage).view(dtype).as_strided(shape, stride, lazy.offset).clone()
+        return (
+            self._storage(lazy.storage)
+            .view(dtype)
+            .as_strided(shape, stride, lazy.offset)
+            .clone(memory_format=torch.contiguous_format)
+        )
 
     def _storage(self, storage: Storage) -> Tensor:
         if storage.key not in self._cache:
@@ -161,7 +171,7 @@ class TorchFile(AbstractContextManager["TorchFile"]):
 
     def _load(self, storage: Storage, size: int) -> Tensor:
         out = torch.empty(size, dtype=torch.uint8)
-        view = memoryview(out.numpy())
+        view = out.numpy().data
         try:
             if self._archive is None:
                 offset, stored = self._offsets.get(storage.key, (0, -1))
@@ -171,13 +181,14 @@ class TorchFile(AbstractContextManager["TorchFile"]):
                 info = self._archive.getinfo(f"{self._prefix}data/{storage.key}")
                 with self._archive.open(info) as member:
                     done = 0
-                    while done < size and (count := member.readinto(view[done:])):
-                        done += count
+                    while done < size and (chunk := member.read(min(CHUNK_BYTES, size - done))):
+                        view[done : done + len(chunk)] = chunk
+                        done += len(chunk)
                     # Reading on to the end makes zipfile check the CRC.
                     complete = done == size == info.file_size and not member.read(1)
         except KeyError:
             raise CheckpointError(f"{self.path} is damaged: storage {storage.key!r} is missing") from None
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.path} is damaged: storage {storage.key!r}: {error}") from error
         if not complete:
             raise CheckpointError(f"{self.path} is damaged: storage {storage.key!r} does not have {size} bytes")

@@ -61,7 +61,7 @@ def test_stock_safetensors_reads_rank_files(tmp_path):
             assert torch.equal(table[f"{kind}/{name}@0"], tensor.reshape(-1))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_partition_reassembles_and_any_range_reads(tmp_path, data):
     tensors = make_tensors(seed=data.draw(st.integers(0, 99)))
@@ -199,7 +199,7 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, how):
 def test_every_flipped_bit_of_the_manifest_is_found(tmp_path):
     path = save(tmp_path, 10, cut(make_tensors(), 1)) / "manifest.json"
     good = path.read_bytes()
-    for bit in range(0, len(good) * 8, 13):
+    for bit in range(0, len(good) * 8, 37):
         data = bytearray(good)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
@@ -320,7 +320,7 @@ def kill_at_random_moments(root, count, seed):
 
 
 def test_kill_9_leaves_a_whole_checkpoint(tmp_path):
-    kill_at_random_moments(tmp_path, 12, seed=0)
+    kill_at_random_moments(tmp_path, 10, seed=0)
 
 
 @pytest.mark.proof
@@ -352,3 +352,47 @@ def test_the_table_of_a_large_run_stays_small(tmp_path):
     with Checkpoint.open(path, verify=False) as checkpoint:
         assert time.perf_counter() - started < 1
         assert checkpoint.read("exp_avg", next(iter(shapes))).numel() == 128
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from swin_scale.checkpoint import Checkpoint, Fragment, begin, commit, write_rank_file
+
+def fragments(numel, count, step):
+    bases = [torch.ones(numel * step) for _ in range(count)]
+    return [Fragment(name=f"w{i}", kind="master", shape=(numel,), start=0, data=b[::step]) for i, b in enumerate(bases)]
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def save(root, numel, count, step):
+    held = fragments(numel, count, step)
+    before = peak()
+    temporary = begin(root, 1)
+    file = write_rank_file(temporary, 0, held)
+    parameters = {f"w{i}": {"shape": [numel]} for i in range(count)}
+    path = commit(temporary, step=1, rank_files=[file], state={}, config_text="", parameters=parameters, model={})
+    return path, (peak() - before) >> 10
+
+root = Path(sys.argv[1])
+save(root, 1 << 10, 2, 1)
+contiguous = save(root, 1 << 22, 12, 1)[1]
+path, strided = save(root, 1 << 22, 12, 2)
+before = peak()
+with Checkpoint.open(path) as checkpoint:
+    out = torch.empty(1 << 21)
+    before = peak()
+    for i in range(12):
+        checkpoint.read("master", f"w{i}", 1 << 20, 1 << 21, out=out)
+print(contiguous, strided, (peak() - before) >> 10)
+"""
+
+
+def test_saving_and_reading_need_no_more_than_a_chunk(tmp_path):
+    """192 MiB saved from contiguous and from strided memory, ranges read back: peak memory grows by a few MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    grown = [int(mib) for mib in done.stdout.split()]
+    assert len(grown) == 3, done.stderr
+    assert max(grown) <= 12, grown
