@@ -7,6 +7,7 @@ machine allows. Memory is anonymous (memfd): it needs no room in /dev/shm and ca
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import signal
@@ -108,14 +109,13 @@ class WorkerPool:
         self._memories: list[mmap.mmap] = []
         self._workers: list[_Worker] = []
         self._backlog: deque[tuple[_Pending, int]] = deque()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             for _ in range(workers):
                 self._workers.append(_start_worker())
             for worker in self._workers:
                 self._send(worker, recipe)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def memory(self) -> tuple[int, np.ndarray]:
         """Number and array, (rows, 3, H, W) uint8, of memory nobody uses; comes back when the array is collected."""
@@ -185,7 +185,10 @@ class WorkerPool:
             number = len(self._memories) - 1
             for worker in self._workers:
                 self._send(worker, ("memory", number, size))
-                send_handle(worker.connection, descriptor, worker.process.pid)
+                try:
+                    send_handle(worker.connection, descriptor, worker.process.pid)
+                except OSError as error:
+                    raise self._death(worker) from error
         finally:
             os.close(descriptor)
         self._free.append(number)
@@ -245,28 +248,29 @@ class Batches(Iterator[Batch]):
         """`prefetch`: batches made ahead of the one in use. `workers` 0 makes them in this process, on demand."""
         self._recipe, self._requests, self._rows = recipe, requests, rows
         self._ahead: deque[_Pending] = deque()
-        self._producer = Producer(recipe)
-        self._pool = WorkerPool(recipe, workers, rows, timeout_s=timeout_s) if workers else None
+        self._maker: WorkerPool | Producer = (
+            WorkerPool(recipe, workers, rows, timeout_s=timeout_s) if workers else Producer(recipe)
+        )
         self._chunk = min(max(-(-rows // max(1, workers)), MIN_CHUNK), MAX_CHUNK)
         # Small batches: enough of them to give every worker a chunk to do and one to come.
         self._prefetch = max(1, prefetch, -(-2 * workers * self._chunk // rows))
-        end = self._pool.close if self._pool else self._producer.reader.close
         # Also at interpreter exit and when the iterator is dropped half-way.
-        self._finalizer = weakref.finalize(self, end)
+        self._finalizer = weakref.finalize(self, self._maker.close)
 
     def __next__(self) -> Batch:
         began = time.perf_counter()
-        if self._pool is None:
-            return self._make_here(began)
+        pool = self._maker
+        if isinstance(pool, Producer):
+            return self._make_here(pool, began)
         try:
-            self._order(self._pool)
+            self._order(pool)
             if not self._ahead:
                 raise StopIteration
             while not self._ahead[0].complete:
-                self._pool.collect()
+                pool.collect()
             pending = self._ahead.popleft()
             # The caller computes on this batch next; meanwhile the workers must not run dry.
-            self._order(self._pool)
+            self._order(pool)
         except (SwinScaleError, StopIteration):
             self.close()
             raise
@@ -307,11 +311,11 @@ class Batches(Iterator[Batch]):
             for chunk in range(len(chunks)):
                 pool.ask(pending, chunk)
 
-    def _make_here(self, began: float) -> Batch:
+    def _make_here(self, producer: Producer, began: float) -> Batch:
         request = next(self._requests)
         transform = self._recipe.transform
         images = np.empty((self._rows, 3, transform.height, transform.width), np.uint8)
-        result = self._producer.fill(Chunk(request.epoch, request.ids, request.copies, 0, 0), images)
+        result = producer.fill(Chunk(request.epoch, request.ids, request.copies, 0, 0), images)
         return _batch(request, images, [result], time.perf_counter() - began)
 
 

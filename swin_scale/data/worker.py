@@ -122,6 +122,10 @@ class Producer:
             result.noise_keys[slot] = np.uint64(key64("erase", *key)).astype(np.int64)
         return result
 
+    def close(self) -> None:
+        """Close the files of the reader."""
+        self.reader.close()
+
 
 def serve(connection: Connection) -> None:
     """Answer chunks until the other end closes."""

@@ -86,7 +86,7 @@ def test_batches_may_be_kept_and_their_memory_comes_back(stream, expected):
             view = batch.images[3:5]
             del batch
         gc.collect()
-        assert len(batches._pool._memories) <= 10
+        assert len(batches._maker._memories) <= 10
     assert view.shape == (2, 3, 32, 32)
 
 
@@ -131,7 +131,7 @@ def test_a_missing_shard_ends_the_run(tmp_path):
 def test_a_dead_worker_is_an_error_not_a_hang(stream, number):
     with stream.batches(stop_step=50, workers=2) as batches:
         next(batches)
-        os.kill(batches._pool._workers[1].process.pid, number)
+        os.kill(batches._maker._workers[1].process.pid, number)
         with pytest.raises(DataError, match=f"was killed by {number.name}"):
             list(batches)
         with pytest.raises(StopIteration):
@@ -142,8 +142,8 @@ def test_a_hung_worker_is_an_error(stream, monkeypatch):
     monkeypatch.setattr(loader_module, "CLOSE_GRACE_S", 0.1)
     with stream.batches(stop_step=50, workers=1) as batches:
         next(batches)
-        batches._pool._timeout_s = 0.3
-        os.kill(batches._pool._workers[0].process.pid, signal.SIGSTOP)
+        batches._maker._timeout_s = 0.3
+        os.kill(batches._maker._workers[0].process.pid, signal.SIGSTOP)
         with pytest.raises(DataError, match="answered for"):
             list(batches)
 
@@ -151,7 +151,7 @@ def test_a_hung_worker_is_an_error(stream, monkeypatch):
 def test_workers_ignore_the_signals_of_schedulers(stream, expected):
     with stream.batches(stop_step=12, workers=2) as batches:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            for worker in batches._pool._workers:
+            for worker in batches._maker._workers:
                 os.kill(worker.process.pid, number)
         assert all(map(same, batches, expected))
 
@@ -165,7 +165,7 @@ from swin_scale.shards import ShardSet
 stream = TrainStream([ShardSet.open(sys.argv[1])], seed=3, global_batch=12, img_size=32, augment=Augment())
 batches = stream.batches(workers=2)
 next(batches)
-print(*(worker.process.pid for worker in batches._pool._workers), flush=True)
+print(*(worker.process.pid for worker in batches._maker._workers), flush=True)
 {}
 """
 
