@@ -267,8 +267,12 @@ def save_safetensors(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     written = write_tensor_file(temporary, list(tensors.items()), {"format": "pt", **(metadata or {})})
-    os.replace(temporary, path)
-    fsync_directory(path.parent)
+    try:
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     return written
 
 

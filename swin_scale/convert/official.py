@@ -87,9 +87,7 @@ def write(
             os.fsync(file.fileno())
         os.replace(temporary, path)
         fsync_directory(path.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch reports a failed write of its zip as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror or error}; free space or fix the path"
-        ) from error
+        raise CheckpointError(f"{path} cannot be written: {error}; free space or fix the path") from error
     return list(table), created

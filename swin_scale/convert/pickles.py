@@ -68,7 +68,7 @@ _ACTING = {
     "asyncio", "bdb", "code", "codeop", "commands", "ctypes", "distutils", "functools", "importlib", "marshal",
     "multiprocessing", "nt", "operator", "os", "pdb", "pickle", "pip", "platform", "posix", "profile", "pty", "pydoc",
     "runpy", "shutil", "signal", "site", "socket", "ssl", "subprocess", "sys", "tempfile", "threading", "timeit",
-    "torch.hub", "types", "urllib", "webbrowser", "zipfile",
+    "torch.hub", "urllib", "webbrowser", "zipfile",
 }  # fmt: skip
 _ACTING_BUILTINS = {
     "__import__", "breakpoint", "compile", "delattr", "eval", "exec", "getattr", "input", "open", "setattr",
@@ -83,17 +83,19 @@ _HARMLESS_CALLS = {
     "builtins.set", "builtins.frozenset", "builtins.bytearray", "builtins.complex", "builtins.slice",
     "__builtin__.set", "__builtin__.frozenset", "__builtin__.bytearray", "__builtin__.complex",
     "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath",
-    "datetime.datetime", "datetime.date", "datetime.timedelta",
+    "datetime.datetime", "datetime.date", "datetime.timedelta", "types.SimpleNamespace",
 }  # fmt: skip
 
 
-def _tensor(storage: Storage, offset: Any, shape: Any, stride: Any, *_: Any) -> LazyTensor:
-    return LazyTensor(storage, offset, shape, stride)
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> LazyTensor:
+    return _typed_tensor(storage, offset, shape, stride, None, None, None)
 
 
-def _typed_tensor(storage: Storage, offset: Any, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
+def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
     _grad, _hooks, dtype, *_ = rest
-    return LazyTensor(storage, offset, shape, stride, str(dtype))
+    if not isinstance(storage, Storage) or not isinstance(dtype, (Global, type(None))):
+        raise ValueError("a tensor is made of something else than a storage and a dtype")
+    return LazyTensor(storage, offset, shape, stride, None if dtype is None else str(dtype))
 
 
 def _mapping(*args: Any) -> dict[Any, Any]:
@@ -167,9 +169,11 @@ def read_pickle(stream: BinaryIO, path: Path) -> tuple[Any, set[str]]:
 
 
 def _put(table: dict[Any, Any], key: Any, value: Any) -> None:
-    # Hashing a nested tuple that shares its parts can take exponential time.
+    # Hashing a nested tuple that shares its parts can take exponential time, as can printing one.
     if not isinstance(key, (str, int, float, bool, bytes, type(None))):
         raise ValueError(f"a table has a key of type {type(key).__name__}")
+    if isinstance(key, int) and key.bit_length() > 64:
+        raise ValueError("a table has a number of more than 64 bits as key")
     table[key] = value
 
 
@@ -354,5 +358,5 @@ class _Machine:
                 self.stack.append(Storage(kind.name, key, numel))
             case ("storage", Global() as kind, str(key), _, int(numel), None) if numel >= 0:
                 self.stack.append(Storage(kind.name, key, numel))
-            case other:
-                raise ValueError(f"unknown persistent id {str(other)[:80]}")
+            case _:
+                raise ValueError("a persistent id is not one of a storage")

@@ -81,7 +81,7 @@ def _from_checkpoint(checkpoint: Checkpoint, kind: str) -> tuple[dict[str, Tenso
         if kind not in checkpoint.kinds():
             raise CheckpointError(f"{checkpoint.path} holds {', '.join(checkpoint.kinds())}, but no {kind}")
         tensors = checkpoint.load_full(kind)
-        model = dict(checkpoint.model)
+        model = dict(checkpoint.model) if {"name", "overrides"} <= checkpoint.model.keys() else None
         source = Source(path=checkpoint.path, format="checkpoint", kind=kind, step=checkpoint.step, model=model)
     return tensors, source
 

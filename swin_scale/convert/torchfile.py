@@ -81,7 +81,15 @@ class TorchFile(AbstractContextManager["TorchFile"]):
             else:
                 self._file.seek(0)
                 self._open_legacy()
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError, struct.error) as error:
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+            struct.error,
+        ) as error:
             self._file.close()
             raise CheckpointError(f"{path} is damaged: {error}") from error
         except CheckpointError:
@@ -140,8 +148,8 @@ class TorchFile(AbstractContextManager["TorchFile"]):
         if dtype is None:
             raise CheckpointError(f"{self.path}: tensors of {lazy.dtype} are not supported")
         numbers = (lazy.offset, *_sizes(lazy.shape), *_sizes(lazy.stride))
-        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-            raise CheckpointError(f"{self.path} is damaged: a tensor of shape {str(lazy.shape)[:80]}")
+        if len(numbers) > 64 or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise CheckpointError(f"{self.path} is damaged: a tensor has impossible sizes")
         total = lazy.storage.numel * _dtype(self.path, lazy.storage).itemsize // dtype.itemsize
         shape, stride = _sizes(lazy.shape), _sizes(lazy.stride)
         last = lazy.offset + sum((size - 1) * step for size, step in zip(shape, stride))

@@ -55,7 +55,7 @@ def convert(
     loaded, origin = read_state_dict(source, kind=kind)
     name, overrides = describe_model(loaded, origin, model)
     state, report = _tidy(loaded, origin, name, overrides)
-    classes, wnids = label_names(origin, overrides.get("num_classes", _classes(state)))
+    classes, wnids = label_names(origin, len(state["head.weight"]) if "head.weight" in state else 0)
     description = {"name": name, "overrides": overrides, "classes": classes, "wnids": wnids}
     if to == "official":
         keys, created = official.write(destination, state, description, buffers=buffers)
@@ -76,10 +76,6 @@ def _tidy(
     with torch.device("meta"):
         target = create_model(name, **overrides).state_dict()
     return fit(loaded, target, where=str(origin.path), into=name, head="keep")
-
-
-def _classes(state: Mapping[str, Tensor]) -> int:
-    return len(state["head.weight"]) if "head.weight" in state else 0
 
 
 def _notes(origin: Source) -> tuple[str, ...]:

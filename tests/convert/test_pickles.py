@@ -172,6 +172,9 @@ HAND_WRITTEN = {
     "unknown memo": b"h\x05.",
     "huge string": b"X" + struct.pack("<I", 1 << 31) + b"abc.",
     "table keys that are tables": b"}}I1\ns.",
+    "tensor of a table": b"ctorch._utils\n_rebuild_tensor_v2\n(}I0\n))tR.",
+    "tensor with too few arguments": b"ctorch._utils\n_rebuild_tensor_v2\n(}tR.",
+    "tensor as a class": b"ctorch._utils\n_rebuild_tensor_v2\n)\x81.",
     "not a pickle": b"\xfe\xff\xfd.",
 }
 
@@ -249,20 +252,29 @@ def test_bombs_stay_small(tmp_path, monkeypatch):
 
 
 def damage_at_random(tmp_path, count, seed):
+    """Flip bytes of whole files, and of the pickle inside a zip whose CRC is then right again."""
     rng = random.Random(seed)
     originals = []
     for zipped in (True, False):
-        torch.save(official_like(), tmp_path / "good.pth", _use_new_zipfile_serialization=zipped)
-        originals.append((tmp_path / "good.pth").read_bytes())
+        path = tmp_path / ("zip.pth" if zipped else "legacy.pth")
+        torch.save(official_like(), path, _use_new_zipfile_serialization=zipped)
+        originals.append(path.read_bytes())
+    with zipfile.ZipFile(tmp_path / "zip.pth") as archive:
+        parts = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    originals.append(parts.pop("data.pkl"))
     path = tmp_path / "mutant.pth"
     refused = intact = 0
     for _ in range(count):
-        data = bytearray(rng.choice(originals))
+        kind = rng.randrange(3)
+        data = bytearray(originals[kind])
         for _ in range(rng.choice((1, 2, 20))):
             if rng.random() < 0.1:
                 del data[rng.randrange(1, len(data) + 1) :]
             data[rng.randrange(len(data))] = rng.randrange(256)
-        path.write_bytes(data)
+        if kind == 2:
+            raw_zip(path, bytes(data), extra=parts.items())
+        else:
+            path.write_bytes(data)
         try:
             read_state_dict(path)
         except CheckpointError as error:
