@@ -31,7 +31,8 @@ def window_partition(x: Tensor, window_size: Size, shift_size: Size = (0, 0)) ->
 def window_reverse(windows: Tensor, window_size: Size, shift_size: Size, hw: Size) -> Tensor:
     """Inverse of `window_partition`: (B * nW, N, C) back to (B, H, W, C) with (H, W) = `hw`."""
     (wh, ww), (H, W) = window_size, hw
-    x = windows.view(-1, H // wh, W // ww, wh, ww, windows.shape[-1]).transpose(2, 3).reshape(-1, H, W, windows.shape[-1])
+    C = windows.shape[-1]
+    x = windows.view(-1, H // wh, W // ww, wh, ww, C).transpose(2, 3).reshape(-1, H, W, C)
     return x.roll(shift_size, (1, 2)) if any(shift_size) else x
 
 

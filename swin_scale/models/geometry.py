@@ -67,7 +67,7 @@ def _check(v: Variant) -> None:
     if len(v.num_heads) != count:
         refuse("num_heads", v.num_heads, f"has {len(v.num_heads)} entries for {count} stages; give one for each")
     if v.pretrained_window_sizes and len(v.pretrained_window_sizes) != count:
-        refuse("pretrained_window_sizes", v.pretrained_window_sizes, f"needs {count} entries, one for each stage, or ()")
+        refuse("pretrained_window_sizes", v.pretrained_window_sizes, f"needs {count} entries, one a stage, or ()")
     for i, heads in enumerate(v.num_heads):
         if heads < 1 or (v.embed_dim << i) % heads:
             refuse("num_heads", v.num_heads, f"does not divide the {v.embed_dim << i} channels of stage {i}")
@@ -84,7 +84,7 @@ def _check(v: Variant) -> None:
     for axis, size, window in zip(("height", "width"), pair(v.img_size), pair(v.window_size), strict=True):
         if not _fits(size, window, v):
             near = ", ".join(map(str, valid_sizes(size, window, v)))
-            refuse("img_size", v.img_size, f"does not fit window_size {window} in {axis}; valid sizes near {size}: {near}")
+            refuse("img_size", v.img_size, f"does not fit window_size {window} in {axis}; valid near {size}: {near}")
 
 
 def _fits(size: int, window: int, v: Variant) -> bool:

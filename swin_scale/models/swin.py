@@ -35,6 +35,8 @@ CPB_HIDDEN = 512
 class WindowAttention(nn.Module):
     """Multi-head self-attention in windows of (h, w) tokens; `cosine` is SwinV2's score and position bias."""
 
+    relative_position_index: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -97,12 +99,17 @@ class WindowAttention(nn.Module):
             table = table.to(compute_dtype(table))
         return table.t().index_select(1, self.relative_position_index.flatten()).view(-1, N, N)
 
+    def _qkv_bias(self) -> Tensor | None:
+        """(3C,) for V2, whose keys have no bias; None without `qkv_bias`."""
+        if self.q_bias is None or self.v_bias is None:
+            return None
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+
     def forward(self, x: Tensor, bias: Tensor, shift_size: Pair = (0, 0)) -> Tensor:
         """x: (B, H, W, C), bias: `position_bias()`. Returns (B, H, W, C)."""
         if self.cosine:
             scale = self.logit_scale.to(bias.dtype).clamp(max=MAX_LOGIT_SCALE).exp()
-            q, v = self.q_bias, self.v_bias
-            qkv = self.qkv(x, None if q is None else torch.cat((q, torch.zeros_like(q), v)))
+            qkv = self.qkv(x, self._qkv_bias())
         else:
             scale = bias.new_full((self.heads, 1, 1), self.head_dim**-0.5)
             qkv = self.qkv(x)

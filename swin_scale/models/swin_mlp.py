@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swin_scale.kernels import window_partition, window_reverse
 from swin_scale.models.geometry import Stage
-from swin_scale.models.layers import Mlp, residual, recompute
+from swin_scale.models.layers import Mlp, recompute, residual
 from swin_scale.models.swin import Swin
 from swin_scale.models.variants import Variant
 
@@ -29,8 +29,9 @@ class SpatialMlp(nn.Conv1d):
         count, N, C = windows.shape
         # One product per head over all windows, (N, N) by (N, B * nW * d): a convolution would see a batch of slivers.
         x = windows.view(count, N, self.heads, -1).permute(2, 1, 0, 3).reshape(self.heads, N, -1)
-        weight, bias = self.weight.view(self.heads, N, N), self.bias.view(self.heads, N, 1)
-        y = torch.baddbmm(bias, weight, x).view(self.heads, N, count, C // self.heads)
+        y = torch.baddbmm(self.bias.view(self.heads, N, 1), self.weight.view(self.heads, N, N), x).view(
+            self.heads, N, count, C // self.heads
+        )
         return y.permute(2, 1, 0, 3).reshape(count, N, C)
 
 
@@ -62,7 +63,7 @@ class SwinMlpBlock(nn.Module):
         top, left = (w - s if s else 0 for w, s in zip(self.window_size, self.shift_size, strict=True))
         if top or left:
             x = F.pad(x, (0, 0, left, self.shift_size[1], top, self.shift_size[0]))
-        padded = x.shape[1:3]
+        padded = (x.shape[1], x.shape[2])
         windows = self.spatial_mlp(window_partition(x, self.window_size))
         x = window_reverse(windows, self.window_size, (0, 0), padded)
         return x[:, top : top + H, left : left + W]

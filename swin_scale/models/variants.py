@@ -51,21 +51,21 @@ class Variant:
 
 _T, _B, _G = (2, 2, 6, 2), (2, 2, 18, 2), (2, 2, 42, 4)
 _SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(embed_dim=96, depths=_T, num_heads=(3, 6, 12, 24)),
-    "small": dict(embed_dim=96, depths=_B, num_heads=(3, 6, 12, 24)),
-    "base": dict(embed_dim=128, depths=_B, num_heads=(4, 8, 16, 32)),
-    "large": dict(embed_dim=192, depths=_B, num_heads=(6, 12, 24, 48)),
-    "tiny_c24": dict(embed_dim=96, depths=_T, num_heads=(4, 8, 16, 32)),
-    "tiny_c12": dict(embed_dim=96, depths=_T, num_heads=(8, 16, 32, 64)),
-    "tiny_c6": dict(embed_dim=96, depths=_T, num_heads=(16, 32, 64, 128)),
+    "tiny": {"embed_dim": 96, "depths": _T, "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": _B, "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": _B, "num_heads": (4, 8, 16, 32)},
+    "large": {"embed_dim": 192, "depths": _B, "num_heads": (6, 12, 24, 48)},
+    "tiny_c24": {"embed_dim": 96, "depths": _T, "num_heads": (4, 8, 16, 32)},
+    "tiny_c12": {"embed_dim": 96, "depths": _T, "num_heads": (8, 16, 32, 64)},
+    "tiny_c6": {"embed_dim": 96, "depths": _T, "num_heads": (16, 32, 64, 128)},
     # Not released as configs. Heads by the rule of 32 channels each; main-branch norm of SwinV2, section 3.4.
-    "huge": dict(embed_dim=352, depths=_B, num_heads=(11, 22, 44, 88), extra_norm_interval=6),
-    "giant1b": dict(embed_dim=448, depths=_B, num_heads=(14, 28, 56, 112)),
-    "g3b": dict(embed_dim=512, depths=_G, num_heads=(16, 32, 64, 128), extra_norm_interval=6),
-    "nano": dict(embed_dim=32, depths=(2, 2), num_heads=(2, 4), num_classes=10),
+    "huge": {"embed_dim": 352, "depths": _B, "num_heads": (11, 22, 44, 88), "extra_norm_interval": 6},
+    "giant1b": {"embed_dim": 448, "depths": _B, "num_heads": (14, 28, 56, 112)},
+    "g3b": {"embed_dim": 512, "depths": _G, "num_heads": (16, 32, 64, 128), "extra_norm_interval": 6},
+    "nano": {"embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10},
 }
-_22K = dict(num_classes=IN22K_CLASSES)
-_FROM_12 = dict(pretrained_window_sizes=(12, 12, 12, 6))
+_22K = {"num_classes": IN22K_CLASSES}
+_FROM_12 = {"pretrained_window_sizes": (12, 12, 12, 6)}
 
 # family -> size -> [(rest of the name, drop-path rate, further values)]; window and image size are in the name's rest.
 _RELEASED: dict[str, dict[str, list[tuple[str, float, dict[str, Any]]]]] = {
