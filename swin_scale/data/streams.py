@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swin_scale.config import Augment
 from swin_scale.data.augment import EvalTransform, TrainTransform
-from swin_scale.data.decode import MAX_PIXELS, Decoder
+from swin_scale.data.decode import MAX_PIXELS
 from swin_scale.data.loader import Batches, Request
 from swin_scale.data.order import BatchOrder, Source, StoredOrder, rank_slots, used_block
 from swin_scale.data.reader import check_index
@@ -75,7 +75,6 @@ class TrainStream(_Stream):
         drop_last: bool = False,
         block: int = 16,
         max_pixels: int = MAX_PIXELS,
-        decoder: Decoder = "pillow",
     ) -> None:
         """Raises UserError for a recipe that cannot work, DataError for labels outside the manifest."""
         if weights and len(weights) != len(sources):
@@ -92,7 +91,7 @@ class TrainStream(_Stream):
         )
         transform = TrainTransform.create(augment, img_size)
         super().__init__(
-            sources, order, _recipe(sources, transform, seed, max_pixels, decoder, used_block(order.samples, block))
+            sources, order, _recipe(sources, transform, seed, max_pixels, used_block(order.samples, block))
         )
 
     def batches(
@@ -124,11 +123,10 @@ class EvalStream(_Stream):
         img_size: int | tuple[int, int],
         augment: Augment,
         max_pixels: int = MAX_PIXELS,
-        decoder: Decoder = "pillow",
     ) -> None:
         order = StoredOrder(len(source), global_batch=global_batch)
         transform = EvalTransform.create(augment, img_size)
-        super().__init__([source], order, _recipe([source], transform, 0, max_pixels, decoder, 1))
+        super().__init__([source], order, _recipe([source], transform, 0, max_pixels, 1))
 
     def batches(
         self, *, rank: int = 0, world: int = 1, workers: int = 0, prefetch: int = 2, timeout_s: float = TIMEOUT_S
@@ -142,7 +140,6 @@ def _recipe(
     transform: TrainTransform | EvalTransform,
     seed: int,
     max_pixels: int,
-    decoder: Decoder,
     block: int,
 ) -> Recipe:
     return Recipe(
@@ -151,7 +148,6 @@ def _recipe(
         transform=transform,
         seed=seed,
         max_pixels=max_pixels,
-        decoder=decoder,
         block=block,
     )
 

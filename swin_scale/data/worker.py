@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from swin_scale.data.augment import EvalTransform, TrainTransform
-from swin_scale.data.decode import Decoder, decode_rgb
+from swin_scale.data.decode import decode_rgb
 from swin_scale.data.keyed import key64, scalar_rng
 from swin_scale.data.order import as_bad
 from swin_scale.data.reader import BadSample, ImageReader
@@ -40,7 +40,6 @@ class Recipe:
     transform: TrainTransform | EvalTransform
     seed: int
     max_pixels: int
-    decoder: Decoder
     block: int
 
 
@@ -108,7 +107,7 @@ class Producer:
                 continue
             try:
                 encoded = self.reader.read(sample_id)
-                image = decode_rgb(encoded.data, max_pixels=self.recipe.max_pixels, decoder=self.recipe.decoder)
+                image = decode_rgb(encoded.data, max_pixels=self.recipe.max_pixels)
             except BadSample as error:
                 out[slot] = 0
                 result.ids[slot] = as_bad(sample_id)

@@ -11,8 +11,8 @@ from swin_scale.data.reader import BadSample
 from tests.data.conftest import encode, photo
 
 
-def pixels(data: bytes, **options) -> np.ndarray:
-    image = decode_rgb(data, **options)
+def pixels(data: bytes) -> np.ndarray:
+    image = decode_rgb(data)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -45,17 +45,6 @@ def test_palette_with_transparency_and_exif_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert pixels(encode(photo(3), exif=exif)).shape == (40, 48, 3)
-
-
-@pytest.mark.parametrize("image", [photo(4, 101, 77), photo(5).convert("L")])
-@pytest.mark.parametrize("subsampling", [0, 2])
-def test_simplejpeg_is_close_and_has_the_same_layout(image, subsampling):
-    pytest.importorskip("simplejpeg")
-    data = encode(image, quality=90, subsampling=subsampling) if image.mode == "RGB" else encode(image)
-    a, b = pixels(data), pixels(data, decoder="simplejpeg")
-    assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 3
-    with pytest.raises(BadSample, match="damaged JPEG"):
-        decode_rgb(data[:-100], decoder="simplejpeg")
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
