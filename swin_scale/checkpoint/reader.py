@@ -30,6 +30,7 @@ from swin_scale.errors import CheckpointError
 
 _STEP = re.compile(r"step_(\d{8,})")
 _OPEN_FILES = 64
+_DTYPES = tuple(DTYPES.values())
 
 
 def step_directory(root: str | os.PathLike[str], step: int) -> Path:
@@ -91,6 +92,7 @@ class Checkpoint:
         self._name_id = {name: i for i, name in enumerate(manifest.parameters)}
         self._kind_id = {kind: i for i, kind in enumerate(manifest.kinds)}
         self._key = table["kind"].astype(np.int64) * max(1, len(self._name_id)) + table["name"]
+        self._starts = table["start"].astype(np.int64)
         self._descriptors: dict[int, int] = {}
 
     @classmethod
@@ -139,19 +141,18 @@ class Checkpoint:
         low, high = np.searchsorted(self._key, [key, key + 1])
         if low == high and numel:
             raise CheckpointError(f"{self.path} has no {kind} of {name!r}: it is not trained")
-        dtype = DTYPES[list(DTYPES)[int(self._table["dtype"][low])]] if low < high else torch.float32
+        dtype = _DTYPES[self._table["dtype"][low]] if low < high else torch.float32
         if out is None:
             out = torch.empty(length, dtype=dtype)
         assert out.shape == (length,), f"{name}: out is {tuple(out.shape)}, expected ({length},)"
-        starts = self._table["start"][low:high]
+        stop = start + length
+        starts = self._starts[low:high]
         first = low + max(0, int(np.searchsorted(starts, start, side="right")) - 1)
-        for row in self._table[first:high]:
-            begin, end = max(start, int(row["start"])), min(start + length, int(row["start"]) + int(row["length"]))
-            if begin >= start + length:
-                break
+        last = low + int(np.searchsorted(starts, stop, side="left"))
+        for _, _, at, count, file, offset, _ in self._table[first:last].tolist():
+            begin, end = max(start, at), min(stop, at + count)
             if begin < end:
-                offset = int(row["offset"]) + (begin - int(row["start"])) * dtype.itemsize
-                self._fill(int(row["file"]), offset, dtype, out[begin - start : end - start])
+                self._fill(file, offset + (begin - at) * dtype.itemsize, dtype, out[begin - start : end - start])
         return out
 
     def _fill(self, file: int, offset: int, dtype: torch.dtype, out: Tensor) -> None:
