@@ -6,7 +6,8 @@ go through the others in reverse. The speed ratio of a pair is seconds(B) / seco
 
 The estimate is the median over the pairs; its bounds are the 2.5 and 97.5 % quantiles of the medians of 10,000
 bootstrap samples of whole rounds (Efron and Tibshirani, 1993, percentile intervals), since pairs of one round are not
-independent. An A against a second, equal A shows what the machine's noise alone looks like.
+independent. An A against a second, equal A, the control, shows what the machine's noise alone looks like; it takes part
+in every other round only, since no claim rests on it.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def compare(
     warmup: int = 1,
     inner: int = 1,
     device: torch.device | None = None,
+    control: str | None = None,
 ) -> Comparison:
     """Time the first of `candidates` against each other one, paired as the module says.
 
@@ -88,6 +90,7 @@ def compare(
         warmup: untimed calls of each candidate before the first round.
         inner: calls per measurement, whose mean is one time; above 1 where a call is too short to time.
         device: what the calls run on; a CUDA device is timed by its events, everything else by the wall clock.
+        control: a candidate for even rounds only.
     """
     first, *others = candidates
     for call in candidates.values():
@@ -106,7 +109,7 @@ def compare(
         for i in range(rounds):
             gc.collect()
             before = measure(first)
-            for name in reversed(others) if i % 2 else others:
+            for name in [name for name in reversed(others) if name != control] if i % 2 else others:
                 here, again = measure(name), measure(name)
                 after = measure(first)
                 pairs[name] += [(before, here), (after, again)]
