@@ -15,7 +15,7 @@ def flops(variant: Variant, img_size: int | Pair | None = None) -> int:
     v = variant if img_size is None else replace(variant, img_size=img_size)
     all_stages = stages(v)
     tokens = all_stages[0].resolution[0] * all_stages[0].resolution[1]
-    total = tokens * v.embed_dim * (v.in_chans * v.patch_size**2 + v.patch_norm)
+    total: float = tokens * v.embed_dim * (v.in_chans * v.patch_size**2 + v.patch_norm)
     for i, stage in enumerate(all_stages):
         total += sum(_block(v, stage, shifted=j % 2 == 1) for j in range(stage.depth))
         if i < len(all_stages) - 1:

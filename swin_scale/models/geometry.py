@@ -36,16 +36,18 @@ def stages(v: Variant) -> list[Stage]:
     for i, (depth, heads) in enumerate(zip(v.depths, v.num_heads, strict=True)):
         hw = (resolution[0] >> i, resolution[1] >> i)
         # A window as large as the map covers it: no shift ("<=", not "<"), and never larger than the map.
-        window = tuple(min(w, size) for w, size in zip(pair(v.window_size), hw, strict=True))
-        shift = tuple(0 if size <= w else w // 2 for w, size in zip(pair(v.window_size), hw, strict=True))
+        (window_h, shift_h), (window_w, shift_w) = (
+            (size, 0) if size <= window else (window, window // 2)
+            for window, size in zip(pair(v.window_size), hw, strict=True)
+        )
         result.append(
             Stage(
                 dim=v.embed_dim << i,
                 depth=depth,
                 heads=heads,
                 resolution=hw,
-                window_size=window,
-                shift_size=shift,
+                window_size=(window_h, window_w),
+                shift_size=(shift_h, shift_w),
                 pretrained_window_size=pretrained[i],
             )
         )

@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from swin_scale.models.layers import PostNorm
+
 STD = 0.02
 INITIAL_LOGIT_SCALE = math.log(10.0)
 
@@ -27,25 +29,21 @@ def init_parameters(model: nn.Module, seed: int) -> None:
     Values are drawn on the CPU in fp32 whatever the device and dtype of the model, so that the same seed gives the
     same weights everywhere; a meta -> to_empty -> init_weights model equals one built directly.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             parameter.copy_(_initial(module, name, parameter, generator))
-    for module in model.modules():
-        if getattr(module, "post_norm_block", False):
-            for norm in (module.norm1, module.norm2):
-                norm.weight.zero_()
-                norm.bias.zero_()
 
 
 def _initial(module: nn.Module, name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     if isinstance(module, nn.LayerNorm):
-        return torch.full((), 1.0 if name == "weight" else 0.0)
+        starts_at_one = name == "weight" and not isinstance(module, PostNorm)
+        return torch.ones((), device="cpu") if starts_at_one else torch.zeros((), device="cpu")
     if isinstance(module, nn.Conv2d):
         bound = module.weight[0].numel() ** -0.5
-        return torch.empty(like.shape).uniform_(-bound, bound, generator=generator)
+        return torch.empty(like.shape, device="cpu").uniform_(-bound, bound, generator=generator)
     if name == "logit_scale":
-        return torch.full((), INITIAL_LOGIT_SCALE)
+        return torch.full((), INITIAL_LOGIT_SCALE, device="cpu")
     if name.endswith("bias"):
-        return torch.zeros(())
-    return torch.empty(like.shape).normal_(std=STD, generator=generator)
+        return torch.zeros((), device="cpu")
+    return torch.empty(like.shape, device="cpu").normal_(std=STD, generator=generator)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from swin_scale.kernels import ATTENTION_OP
 from swin_scale.models.variants import Pair
 
 T = TypeVar("T")
@@ -71,6 +72,10 @@ class PatchEmbed(nn.Module):
         return x if self.norm is None else self.norm(x)
 
 
+class PostNorm(nn.LayerNorm):
+    """Norm at the end of a residual branch (SwinV2, section 3.1). Starts at zero, so a block starts as the identity."""
+
+
 class PatchMerging(nn.Module):
     """(B, H, W, C) to (B, H/2, W/2, 2C): each 2 x 2 neighbourhood into one token, normed before (V1) or after (V2)."""
 
@@ -109,8 +114,7 @@ def recompute(mode: str, function: Callable[..., T], *args: Tensor) -> T:
         return function(*args)
     if mode == "block":
         return checkpoint(function, *args, use_reentrant=False)
-    kept = [torch.ops.swin_scale.window_attention.default]
-    contexts = partial(create_selective_checkpoint_contexts, kept)
+    contexts = partial(create_selective_checkpoint_contexts, [ATTENTION_OP])
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 

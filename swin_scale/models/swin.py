@@ -19,6 +19,7 @@ from swin_scale.models.layers import (
     Mlp,
     PatchEmbed,
     PatchMerging,
+    PostNorm,
     compute_dtype,
     dropout,
     recompute,
@@ -126,11 +127,12 @@ class Block(nn.Module):
 
     def __init__(self, v: Variant, stage: Stage, index: int, drop_path: float) -> None:
         super().__init__()
-        self.post_norm_block = v.family == "swinv2"
+        self.post_norm = v.family == "swinv2"
         self.shift_size = stage.shift_size if index % 2 else (0, 0)
         self.drop_path = drop_path
         self.activation_checkpointing = v.activation_checkpointing
-        self.norm1 = nn.LayerNorm(stage.dim)
+        norm = PostNorm if self.post_norm else nn.LayerNorm
+        self.norm1 = norm(stage.dim)
         self.attn = WindowAttention(
             stage.dim,
             stage.window_size,
@@ -140,7 +142,7 @@ class Block(nn.Module):
             drop=v.drop_rate,
             pretrained_window_size=stage.pretrained_window_size,
         )
-        self.norm2 = nn.LayerNorm(stage.dim)
+        self.norm2 = norm(stage.dim)
         self.mlp = Mlp(stage.dim, int(stage.dim * v.mlp_ratio), v.drop_rate)
         has_extra = v.extra_norm_interval > 0 and (index + 1) % v.extra_norm_interval == 0
         self.enorm = nn.LayerNorm(stage.dim) if has_extra else None
@@ -151,7 +153,7 @@ class Block(nn.Module):
         return recompute(self.activation_checkpointing, self._forward, x, self.attn.position_bias())
 
     def _forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.post_norm_block:
+        if self.post_norm:
             x = self._add(x, self.norm1(self.attn(x, bias, self.shift_size)))
             y, aux = self._feed_forward(x)
             x = self._add(x, self.norm2(y))
@@ -238,6 +240,7 @@ class Swin(nn.Module):
         x = dropout(x, self.variant.drop_rate, self.training)
         outputs = []
         for layer in self.layers:
+            assert isinstance(layer, StageBlocks)
             for block in layer.blocks:
                 x, _ = block(x)
             outputs.append(x)

@@ -29,6 +29,7 @@ class SpatialMlp(nn.Conv1d):
         count, N, C = windows.shape
         # One product per head over all windows, (N, N) by (N, B * nW * d): a convolution would see a batch of slivers.
         x = windows.view(count, N, self.heads, -1).permute(2, 1, 0, 3).reshape(self.heads, N, -1)
+        assert self.bias is not None
         y = torch.baddbmm(self.bias.view(self.heads, N, 1), self.weight.view(self.heads, N, N), x).view(
             self.heads, N, count, C // self.heads
         )

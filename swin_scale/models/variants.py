@@ -10,6 +10,7 @@ from typing import Any, Literal
 from swin_scale.errors import UserError
 
 Pair = tuple[int, int]
+Family = Literal["swin", "swinv2", "swin_mlp"]
 IN1K_CLASSES, IN22K_CLASSES = 1000, 21841
 
 
@@ -17,7 +18,7 @@ IN1K_CLASSES, IN22K_CLASSES = 1000, 21841
 class Variant:
     """All that defines a model. Every field can be overridden by name in `create_model`."""
 
-    family: Literal["swin", "swinv2", "swin_mlp"]
+    family: Family
     """Pre-norm dot-product attention, post-norm cosine attention, or a spatial MLP in place of attention."""
     img_size: int | Pair
     """Pixels, one side of a square or (height, width)."""
@@ -68,7 +69,7 @@ _22K = {"num_classes": IN22K_CLASSES}
 _FROM_12 = {"pretrained_window_sizes": (12, 12, 12, 6)}
 
 # family -> size -> [(rest of the name, drop-path rate, further values)]; window and image size are in the name's rest.
-_RELEASED: dict[str, dict[str, list[tuple[str, float, dict[str, Any]]]]] = {
+_RELEASED: dict[Family, dict[str, list[tuple[str, float, dict[str, Any]]]]] = {
     "swin": {
         "nano": [("patch4_window4_32", 0.0, {})],
         "tiny": [
@@ -157,7 +158,9 @@ def variant(name: str, **overrides: Any) -> Variant:
     for key in overrides:
         if key not in known:
             raise UserError(f"unknown model override {key!r}{_nearest(key, known)}; known: {', '.join(known)}")
-    as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    as_tuples: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()
+    }
     return replace(_VARIANTS[name], **as_tuples)
 
 
