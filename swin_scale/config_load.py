@@ -73,7 +73,9 @@ def config_from_text(text: str, where: str) -> Config:
 class _Loader(yaml.SafeLoader):
     """SafeLoader in which 1e-3 is a float, 010, on and 12:30:00 are text, and duplicate keys are errors."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+# The class's own empty table: none of SafeLoader's resolvers apply.
+_Loader.yaml_implicit_resolvers = {}
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -110,11 +112,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where} has {len(text)} characters; a config has at most {MAX_CONFIG_BYTES}")
     try:
         for event in yaml.parse(text, Loader=_Loader):
+            place = f"{where}, line {event.start_mark.line + 1}" if event.start_mark else where
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{where}, line {event.start_mark.line + 1}: YAML aliases are not allowed; use base:")
+                raise UserError(f"{place}: YAML aliases are not allowed; use base:")
             tag = getattr(event, "tag", None)
             if tag is not None:
-                raise UserError(f"{where}, line {event.start_mark.line + 1}: YAML tag {tag!r} is not allowed")
+                raise UserError(f"{place}: YAML tag {tag!r} is not allowed")
         loader = _Loader(text)
         try:
             return loader.get_single_data()
@@ -360,8 +363,13 @@ IMPOSSIBLE = (
     "model.patch_norm",
     "model.extra_norm_interval",
     "optim.name",
+    # Steps are counted in global batches: another size would put the data cursor elsewhere.
+    "train.global_batch",
 )
 """Keys whose change leaves the saved state without a meaning."""
+
+
+Grade = Literal["safe", "needs --allow-change", "impossible"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +379,7 @@ class Change:
     key: str
     before: Any
     after: Any
-    grade: Literal["safe", "needs --allow-change", "impossible"]
+    grade: Grade
 
     def __str__(self) -> str:
         return f"{self.key}: {_scalar(self.before)} -> {_scalar(self.after)} ({self.grade})"
@@ -383,6 +391,11 @@ def diff_configs(before: Config, after: Config) -> list[Change]:
     changes = []
     for key, value in flatten(after):
         if old[key] != value:
-            grade = "safe" if key in SAFE else "impossible" if key in IMPOSSIBLE else "needs --allow-change"
-            changes.append(Change(key=key, before=old[key], after=value, grade=grade))
+            changes.append(Change(key=key, before=old[key], after=value, grade=_grade(key)))
     return changes
+
+
+def _grade(key: str) -> Grade:
+    if key in SAFE:
+        return "safe"
+    return "impossible" if key in IMPOSSIBLE else "needs --allow-change"

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from swin_scale.config import Augment
 from swin_scale.convert import ModelInfo, model_from_weights
 from swin_scale.data import BadSample, EvalTransform, decode_rgb, finish
 from swin_scale.errors import DataError, UserError
+from swin_scale.models.swin import Swin
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ImageLike = str | os.PathLike[str] | Image.Image
@@ -35,7 +35,7 @@ class Guess:
 
 
 def predict(
-    model: nn.Module | str, images: Sequence[ImageLike] | ImageLike, topk: int = 5, *, classes: Sequence[str] = ()
+    model: Swin | str, images: Sequence[ImageLike] | ImageLike, topk: int = 5, *, classes: Sequence[str] = ()
 ) -> list[list[Guess]]:
     """The `topk` best classes per image.
 
@@ -44,7 +44,7 @@ def predict(
         images: files or PIL images, one or several.
         classes: display names; default: the names stored with the weights, else the numbers.
     """
-    if isinstance(model, nn.Module):
+    if isinstance(model, Swin):
         predictor = _predictor(model, tuple(classes))
     else:
         predictor = load_predictor(model, classes=classes)
@@ -71,7 +71,7 @@ def class_names(info: ModelInfo) -> tuple[str, ...]:
     return tuple(info.classes or ())
 
 
-def _predictor(network: nn.Module, classes: tuple[str, ...]) -> Callable[..., list[Guess]]:
+def _predictor(network: Swin, classes: tuple[str, ...]) -> Callable[..., list[Guess]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
     transform = EvalTransform.create(Augment(), network.variant.img_size)

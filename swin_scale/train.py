@@ -24,21 +24,19 @@ from swin_scale.checkpoint import Checkpoint
 from swin_scale.config import BatchPlan, Config, batch_plan
 from swin_scale.config_load import LoadedConfig, config_from_text, diff_configs
 from swin_scale.convert import load_weights
-from swin_scale.data import Batch, EvalStream, TrainStream, draw_mix, finish, mix_batch
+from swin_scale.data import Batch, EvalStream, TrainStream, draw_mix, finish, mix_batch, open_shard_sets
 from swin_scale.engine.dist import Dist, init, peer_loss
 from swin_scale.engine.engine import Engine, MicroBatch
 from swin_scale.engine.layout import read_env
 from swin_scale.engine.losses import smooth_targets
-from swin_scale.engine.optim import describe_groups
 from swin_scale.engine.record import StepLog
 from swin_scale.engine.saving import newest_good, save
 from swin_scale.engine.schedule import Schedule
-from swin_scale.errors import CheckpointError, DataError, DivergedError, SwinScaleError, UserError
+from swin_scale.errors import CheckpointError, DivergedError, SwinScaleError, UserError
 from swin_scale.evaluate import evaluate
 from swin_scale.files import write_atomic
 from swin_scale.log import setup_logging
 from swin_scale.models import Variant, create_model, flops, variant
-from swin_scale.shards import ShardSet
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +67,9 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
     config, origin = loaded.config, dict(loaded.origin)
     plan = batch_plan(config, ranks)
     default = variant(config.model.name)
-    sources = [ShardSet.open(path) for path in config.data.train]
-    val_sources = [ShardSet.open(path) for path in config.data.val]
-    classes = _class_names(sources + val_sources)
+    sources = open_shard_sets(config.data.train)
+    val_sources = open_shard_sets([*config.data.train[:1], *config.data.val], key="data.val")[1:]
+    classes = sources[0].manifest.classes
     if config.model.num_classes not in (None, len(classes)):
         raise UserError(
             f"model.num_classes is {config.model.num_classes}, but {config.data.train[0]} has {len(classes)} classes; "
@@ -130,17 +128,6 @@ def _replace(config: Config, section: str, **values: Any) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
-def _class_names(sources: list[ShardSet]) -> tuple[str, ...]:
-    first = sources[0].manifest
-    for source in sources[1:]:
-        if (source.manifest.wnids or source.manifest.classes) != (first.wnids or first.classes):
-            raise DataError(
-                f"{source.directory} and {sources[0].directory} have different class lists "
-                f"({len(source.manifest.classes)} and {len(first.classes)} names); labels would not mean the same"
-            )
-    return first.classes
-
-
 def run(loaded: LoadedConfig, *, allow_change: bool = False) -> int:
     """Train until done; returns 0, or raises the error whose exit code the process ends with."""
     layout = read_env(os.environ)
@@ -172,7 +159,7 @@ def _train(job: Job, dist: Dist, allow_change: bool) -> None:
         logger.info("%s", load_weights(model, config.init.weights, head=config.init.head))
     schedule = Schedule.from_config(config, job.stream.steps_per_epoch)
     engine = Engine(model, config, plan, schedule, dist)
-    logger.info("%s", describe_groups(engine.groups))
+    logger.info("%s", engine.groups_table)
     macs = flops(architecture(job))
     with StepLog(run_dir, config, job.stream, dist, total_steps=job.stop_step, flops_per_image=macs) as log:
         step = 0
@@ -239,10 +226,12 @@ def micro_batches(batch: Batch, job: Job, engine: Engine) -> Iterator[MicroBatch
     height, width = batch.images.shape[2:]
     mix = draw_mix(config.augment, seed=config.run.seed, step=batch.step, height=height, width=width)
     valid = batch.valid
+    # Copies from pageable memory would wait for the device.
+    pixels = batch.images.pin_memory() if device.type == "cuda" else batch.images
     for start in range(0, plan.per_rank, plan.micro):
         part = slice(start, start + plan.micro)
         images = finish(
-            batch.images[part].to(device, non_blocking=True),
+            pixels[part].to(device, non_blocking=True),
             batch.boxes[part],
             batch.noise_keys[part],
             mode=config.augment.remode,

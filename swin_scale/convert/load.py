@@ -17,6 +17,7 @@ from swin_scale.convert.source import Source, read_state_dict
 from swin_scale.errors import CheckpointError
 from swin_scale.models import create_model, variant
 from swin_scale.models.geometry import Stage, stages
+from swin_scale.models.swin import Swin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def _source_windows(state: Mapping[str, Tensor], source: Source) -> dict[int, in
 
 def model_from_weights(
     path: str | Path, *, model: str | None = None, kind: str = "master", **overrides: Any
-) -> tuple[nn.Module, ModelInfo]:
+) -> tuple[Swin, ModelInfo]:
     """The model that the weights belong to, filled, on the CPU, in training mode; and what is known about it.
 
     Args:

@@ -23,7 +23,7 @@ from swin_scale.engine.dist import Dist
 from swin_scale.engine.ds_config import to_deepspeed
 from swin_scale.engine.fragments import Fragments, import_deepspeed
 from swin_scale.engine.losses import soft_target_cross_entropy
-from swin_scale.engine.optim import build_optimizer, param_groups
+from swin_scale.engine.optim import build_optimizer, describe_groups, param_groups
 from swin_scale.engine.schedule import Schedule
 from swin_scale.errors import UserError
 
@@ -69,13 +69,14 @@ class Engine:
         if config.engine.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise UserError("engine.precision is fp16, which this device does not support; use bf16 or fp32")
         model.to(dist.device)
-        self.groups = param_groups(model, config.optim)
+        groups = param_groups(model, config.optim)
+        self.groups_table = describe_groups(groups)
         settings = to_deepspeed(config, plan, on_gpu=on_gpu)
         with warnings.catch_warnings(), _silent_stdout():
             warnings.simplefilter("ignore")
             self._deepspeed, self._zero, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(self.groups, config.optim),
+                optimizer=build_optimizer(groups, config.optim),
                 config=settings,
                 dist_init_required=False,
             )

@@ -1,0 +1,122 @@
+"""Start real training runs through the command line, kill them, and read what they left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from swin_scale.checkpoint import list_steps
+from swin_scale.log import read_events, read_metrics
+
+NANO = {
+    "augment.auto_augment": "none",
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+    "checkpoint.every_steps": 4,
+    "checkpoint.every_minutes": "null",
+    "data.workers": 1,
+    "engine.precision": "fp32",
+    "engine.threads": 1,
+    "engine.timeout_s": 60,
+    "model.name": "swinv2_nano_patch4_window4_32",
+    "optim.lr": 1e-3,
+    "schedule.total_steps": 100,
+    "schedule.warmup_steps": 2,
+    "train.eval_every_epochs": 0,
+    "train.global_batch": 24,
+    "train.log_every": 2,
+    "train.max_steps": 12,
+    "train.tensorboard": "false",
+}
+
+
+def command(
+    run_dir: Path, train: Path, *, nproc: int = 2, flags: tuple[str, ...] = (), **settings: object
+) -> list[str]:
+    """The command line of a nano run; `settings` are config keys with ``__`` for the dot."""
+    config = run_dir.parent / f"{run_dir.name}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text("train: {}\n")
+    values = {**NANO, "run.dir": run_dir, "data.train": f"[{train}]"}
+    values.update({key.replace("__", "."): value for key, value in settings.items()})
+    start = ["launch", "local", "--nproc", str(nproc)] if nproc > 1 else ["train"]
+    return [sys.executable, "-m", "swin_scale", *start, str(config), *(f"{k}={v}" for k, v in values.items()), *flags]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(run_dir: Path, train: Path, *, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run to the end."""
+    return subprocess.run(
+        command(run_dir, train, **options), env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run_and_kill(run_dir: Path, train: Path, rng: random.Random, *, when: str, **options: object) -> bool:
+    """Start a run and kill -9 it: `when` is "any" (a random moment after its first step) or "saving" (a checkpoint is
+    half written). Kills one random rank, or everything. Returns false when the run ended by itself before.
+    """
+    log = open(run_dir.parent / f"{run_dir.name}.log", "ab")  # noqa: SIM115 - handed to the process
+    with log:
+        process = subprocess.Popen(
+            command(run_dir, train, **options), env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+        metrics = run_dir / "metrics.jsonl"
+        rows = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if when == "saving" and list((run_dir / "checkpoints").glob(".step_*.tmp/*")):
+                break
+            if when == "any" and metrics.exists() and len(metrics.read_bytes().splitlines()) > rows:
+                time.sleep(rng.uniform(0, 0.6))
+                break
+            time.sleep(0.0005)
+        if process.poll() is not None:
+            return False
+        ranks = children(process.pid)
+        if when == "any" and ranks and rng.random() < 0.5:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(ranks), signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
+        return process.wait(timeout=90) != 0
+
+
+def children(pid: int) -> list[int]:
+    """Training processes below `pid`, at any depth."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found += [child, *children(child)]
+    return found
+
+
+def trajectory(run_dir: Path) -> list[tuple[int, float, float, str]]:
+    """(step, loss, gradient norm, batch digest) of every step, the last row of a step winning."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [(step, row["loss"], row["grad_norm"], row["batch_digest"]) for step, row in sorted(rows.items())]
+
+
+def events(run_dir: Path, name: str) -> list[dict]:
+    return [row for row in read_events(run_dir / "metrics.jsonl") if row["event"] == name]
+
+
+def steps(run_dir: Path) -> list[int]:
+    return list_steps(run_dir / "checkpoints")
+
+
+def exit_record(run_dir: Path) -> dict:
+    return json.loads((run_dir / "exit.json").read_text())
