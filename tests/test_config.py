@@ -16,9 +16,9 @@ from swin_scale.config_load import (
     dump_config,
     flatten,
     load_config,
-    parse_yaml,
 )
 from swin_scale.errors import UserError
+from swin_scale.strict_yaml import parse_yaml
 
 MINIMAL = {
     "run": {"dir": "r"},
