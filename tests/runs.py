@@ -15,6 +15,7 @@ from pathlib import Path
 from swin_scale.checkpoint import list_steps
 from swin_scale.log import read_events, read_metrics
 
+SLOW_DISK = Path(__file__).parent / "slow_disk"
 NANO = {
     "augment.auto_augment": "none",
     "augment.mixup": 0.0,
@@ -62,36 +63,55 @@ def run(run_dir: Path, train: Path, *, timeout: float = 120, **options: object) 
 
 
 def run_and_kill(run_dir: Path, train: Path, rng: random.Random, *, when: str, **options: object) -> bool:
-    """Start a run and kill -9 it: `when` is "any" (a random moment after its first step) or "saving" (a checkpoint is
-    half written). Kills one random rank, or everything. Returns false when the run ended by itself before.
+    """Start a run and kill -9 it; returns false when it ended by itself before.
+
+    `when`: "any" is a random moment some steps after it started, one process (rank, loader, launcher) or all of them;
+    "saving" is a random moment at which a checkpoint is half written, all processes.
     """
-    log = open(run_dir.parent / f"{run_dir.name}.log", "ab")  # noqa: SIM115 - handed to the process
-    with log:
+    slow_disk = {"PYTHONPATH": str(SLOW_DISK)} if when == "saving" else {}
+    with open(run_dir.parent / f"{run_dir.name}.log", "ab") as log:
         process = subprocess.Popen(
-            command(run_dir, train, **options), env=environment(), stdout=log, stderr=log, start_new_session=True
+            command(run_dir, train, **options),
+            env={**environment(), **slow_disk},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
-        metrics = run_dir / "metrics.jsonl"
-        rows = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if when == "saving" and list((run_dir / "checkpoints").glob(".step_*.tmp/*")):
-                break
-            if when == "any" and metrics.exists() and len(metrics.read_bytes().splitlines()) > rows:
-                time.sleep(rng.uniform(0, 0.6))
-                break
-            time.sleep(0.0005)
-        if process.poll() is not None:
-            return False
-        ranks = children(process.pid)
-        if when == "any" and ranks and rng.random() < 0.5:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(ranks), signal.SIGKILL)
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-            for rank in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank, signal.SIGKILL)
-        return process.wait(timeout=90) != 0
+    if not _wait_for_moment(process, run_dir, rng, when):
+        return False
+    everyone = [process.pid, *children(process.pid)]
+    for pid in everyone if when == "saving" or rng.random() < 0.5 else [rng.choice(everyone)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    code = process.wait(timeout=90)
+    # What the launcher's death leaves behind ends by itself; two generations must not write one run directory.
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in everyone):
+        assert time.monotonic() < deadline, "processes outlived the launcher"
+        time.sleep(0.01)
+    return code != 0
+
+
+def _wait_for_moment(process: subprocess.Popen, run_dir: Path, rng: random.Random, when: str) -> bool:
+    def half_written() -> bool:
+        return any((run_dir / "checkpoints").glob(".step_*.tmp/*"))
+
+    metrics = run_dir / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
+    # About 350 bytes a row: 5 to 100 steps from where the run starts again.
+    target = before + 350 * rng.randint(5, 100)
+    deadline = time.monotonic() + 90
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "the run neither ended nor came to its moment"
+        if when == "saving" and half_written():
+            time.sleep(rng.uniform(0, 0.25))
+            if half_written():
+                return True
+        if when == "any" and metrics.exists() and metrics.stat().st_size > target:
+            time.sleep(rng.uniform(0, 0.3))
+            return process.poll() is None
+        time.sleep(0.005)
+    return False
 
 
 def children(pid: int) -> list[int]:

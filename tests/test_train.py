@@ -73,8 +73,8 @@ def test_digests_are_those_of_the_order(digits, finished):
 def test_killed_run_resumes_to_the_same_bits(digits, finished, tmp_path):
     rng = random.Random(1)
     options = {"data__val": f"[{digits[1]}]", "train__max_steps": 16}
-    assert runs.run_and_kill(tmp_path / "run", digits[0], rng, when="saving", **options)
-    assert runs.run_and_kill(tmp_path / "run", digits[0], rng, when="any", **options)
+    for _ in range(2):
+        assert runs.run_and_kill(tmp_path / "run", digits[0], rng, when="saving", **options)
     result = runs.run(tmp_path / "run", digits[0], **options)
     assert result.returncode == 0, result.stderr
     assert runs.trajectory(tmp_path / "run") == runs.trajectory(finished)
@@ -229,7 +229,7 @@ def test_wrong_requests_end_before_training_with_their_code(digits, tmp_path, se
 @pytest.mark.proof
 def test_twenty_kills_change_nothing(digits, tmp_path):
     """kill -9 at 15 random moments and 5 times while a checkpoint is written: the run equals an undisturbed one."""
-    options = {"train__max_steps": 300, "checkpoint__every_steps": 5, "schedule__total_steps": 300}
+    options = {"train__max_steps": 1200, "checkpoint__every_steps": 10, "schedule__total_steps": 1200}
     undisturbed = runs.run(tmp_path / "whole", digits[0], timeout=600, **options)
     assert undisturbed.returncode == 0, undisturbed.stderr
     rng = random.Random(2026)
@@ -242,8 +242,8 @@ def test_twenty_kills_change_nothing(digits, tmp_path):
     result = runs.run(tmp_path / "killed", digits[0], timeout=600, **options)
     assert result.returncode == 0, result.stderr
     assert runs.trajectory(tmp_path / "killed") == runs.trajectory(tmp_path / "whole")
-    assert len(runs.trajectory(tmp_path / "whole")) == 300
-    last = "checkpoints/step_00000300"
+    assert len(runs.trajectory(tmp_path / "whole")) == 1200
+    last = "checkpoints/step_00001200"
     for file in ("rank00000.safetensors", "rank00001.safetensors"):
         assert (tmp_path / "killed" / last / file).read_bytes() == (tmp_path / "whole" / last / file).read_bytes()
-    print(f"proof: 20 kills (5 while saving) at checkpoints {started}: 300 losses, norms and digests bit-equal")  # noqa: T201
+    print(f"proof: 20 kills (5 while saving) at checkpoints {started}: 1200 losses, norms and digests bit-equal")  # noqa: T201

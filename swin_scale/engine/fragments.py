@@ -11,7 +11,9 @@ Private names used: ``_hp_mapping`` (``lp_fragment_address``, ``hp_fragment``, `
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,9 +41,9 @@ def import_deepspeed(on_gpu: bool, local_rank: int) -> Any:
         import deepspeed
     except ImportError as error:
         raise UserError(f"deepspeed cannot be imported ({error}); pip install 'deepspeed>=0.19.8,<0.20'") from error
-    import logging
-
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to rename; nothing a user could act on.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     seen = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
     if not SUPPORTED[0] <= seen < SUPPORTED[1]:
         raise UserError(f"deepspeed is {deepspeed.__version__}; pip install 'deepspeed>=0.19.8,<0.20'")
