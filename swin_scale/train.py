@@ -239,7 +239,8 @@ def micro_batches(batch: Batch, job: Job, engine: Engine) -> Iterator[MicroBatch
         here = valid[part].to(device, non_blocking=True)
         labels = batch.labels[part].clamp(min=0).to(device, non_blocking=True)
         targets = smooth_targets(labels, job.model["overrides"]["num_classes"], config.optim.label_smoothing)
-        images, targets = mix_batch(images, targets, here, mix)
+        if config.augment.mixes:
+            images, targets = mix_batch(images, targets, here, mix)
         yield MicroBatch(inputs=images.to(engine.dtype), targets=targets, valid=here)
 
 
