@@ -130,6 +130,9 @@ def _forward(
             # Views: a range is either all windows, or n is 1.
             q, k, v = (part[:, at].flatten(0, 1) for part in parts)
             o = result[:, at].flatten(0, 1)
+            if plan.regions is None and N >= SDPA_TOKENS:
+                o.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=1.0))
+                continue
             regions = None if plan.regions is None else plan.regions[at]
             logits = _start_logits(scratch[:, : at.stop - at.start], bias, regions).flatten(0, 1)
             if N >= SDPA_TOKENS:
