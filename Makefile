@@ -43,7 +43,7 @@ demo: $(INSTALLED)
 	    raise SystemExit(top1 < 90)"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not proof and not gpu"
+	$(BIN)/python -m pytest -m "not proof and not gpu" -n 2
 
 proof: $(INSTALLED)
 	$(BIN)/python -m pytest -m "proof and not gpu" -rA

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "deepspeed"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "deepspeed"])
 
 
 def free_port() -> int:

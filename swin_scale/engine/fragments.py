@@ -6,11 +6,13 @@ here can be read by any number of ranks.
 
 Private names used: ``_hp_mapping`` (``lp_fragment_address``, ``hp_fragment``, ``optim_fragment``),
 ``_hp_optimizer_states_linked``, ``_lazy_init_hp_params_optimizer_state``, ``check_grad_overflow``, ``loss_scaler``,
-``deepspeed.ops.__compatible_ops__``; `tests/engine/test_fragments.py` is the contract test.
+``deepspeed.ops.__compatible_ops__``, ``deepspeed.runtime.zero.muon.original_muon``; `tests/engine/test_fragments.py`
+is the contract test.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
@@ -49,7 +51,22 @@ def import_deepspeed(on_gpu: bool, local_rank: int) -> Any:
         raise UserError(f"deepspeed is {deepspeed.__version__}; pip install 'deepspeed>=0.19.8,<0.20'")
     # Its shared-memory collectives serve CPU inference only, and cost a C++ build at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed's Muon, unused here, is compiled as it is imported: 3 s of loading torch's inductor per process."""
+
+    def leave(function: Any = None, **_: Any) -> Any:
+        return leave if function is None else function
+
+    compile_function = torch.compile
+    torch.compile = leave  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compile_function
 
 
 @dataclass(frozen=True, kw_only=True)
