@@ -24,7 +24,17 @@ setup(
     ],
     extras_require={
         "triton": ["triton"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "timm", "torchvision", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "timm",
+            "torchvision",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
         "bench": ["timm", "torchvision", "transformers", "yacs"],
     },
     entry_points={"console_scripts": ["swin-scale = swin_scale.cli:main"]},

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All verbs; importing nothing heavier than argparse, so that --help answers at once."""
     from data_prep.cli import add_parser as add_shards
+    from swin_scale.bench import PEERS
 
     parser = argparse.ArgumentParser(prog="swin-scale", description="Pretrain Swin Transformers at scale.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -95,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, amp-bf16 or amp-fp16, for all alike")
     model.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
     model.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
+    model.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all of them")
     model.add_argument("--mode", choices=("forward", "both"), default="both")
     model.add_argument("--compile", action="store_true", help="also compare with torch.compile(timm)")
     model.set_defaults(handler=_bench_model)
@@ -250,6 +252,7 @@ def _bench_model(arguments: argparse.Namespace) -> int:
             rounds=arguments.rounds,
             threads=arguments.threads,
             official=arguments.official,
+            only=tuple(arguments.peers),
             backward=arguments.mode == "both",
             precision=arguments.precision,
             compiled=arguments.compile,

@@ -52,7 +52,8 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """This process's, less what an engine built in it has left there for DeepSpeed."""
+    return {**{k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}, "OMP_NUM_THREADS": "1"}
 
 
 def run(run_dir: Path, train: Path, *, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:

@@ -84,7 +84,7 @@ def test_yaml_scalars_mean_what_a_person_expects(text, value):
         ("1: a", "not text"),
         ("a: [", "not valid YAML"),
         ("a: b: c", "not valid YAML"),
-        ("- " * 100_000, "not valid YAML"),
+        ("- " * 5_000, "not valid YAML"),
     ],
 )
 def test_yaml_that_runs_code_or_surprises_is_refused(text, message, tmp_path, monkeypatch):

@@ -1,1 +1,4 @@
 """Side-by-side measurements: ours against other people's code in one process, on the same weights and inputs."""
+
+PEERS = ("official", "timm", "huggingface")
+"""What `bench model` compares with."""

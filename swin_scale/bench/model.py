@@ -8,7 +8,7 @@ timed: if it is a peer, it is listed with its error; if it is ours, nothing is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_scale.bench import peers
+from swin_scale.bench import PEERS, peers
 from swin_scale.bench.peers import Contestant, PeerMissing
 from swin_scale.bench.result import Result, describe, fixed_threads
 from swin_scale.bench.timing import Comparison, compare, seconds_of
@@ -52,6 +52,7 @@ def bench_model(
     rounds: int = 20,
     threads: int = 2,
     official: str | None = None,
+    only: Sequence[str] = PEERS,
     backward: bool = True,
     precision: str = "fp32",
     compiled: bool = False,
@@ -66,6 +67,7 @@ def bench_model(
         rounds: see `timing.compare`; 20 give the 40 pairs that a claim needs.
         threads: of torch on the CPU.
         official: a checkout of microsoft/Swin-Transformer.
+        only: the peers to compare with, of `PEERS`.
         backward: also time forward + backward.
         precision: a key of `PRECISIONS`.
         compiled: also time `torch.compile(timm)`.
@@ -87,7 +89,7 @@ def bench_model(
         reference = randomise(create_model(name, **overrides)).double()
         weights = dict(reference.named_parameters())
         x, labels = _inputs(reference, batch)
-        contestants, missing = _contestants(name, overrides, weights, official, compiled)
+        contestants, missing = _contestants(name, overrides, weights, official, only, compiled)
         for one in contestants:
             one.module.to(where, dtype)
         x, labels = x.to(where, dtype), labels.to(where)
@@ -100,7 +102,7 @@ def bench_model(
             calls = {one.name: _call(one, mode, x, labels, scope) for one in contestants}
             modes[mode] = _timed(calls, rounds, where).as_dict()
         figures = describe(
-            "model", _command(name, batch, rounds, threads, precision, official, backward, compiled), where
+            "model", _command(name, batch, rounds, threads, precision, official, only, backward, compiled), where
         )
     figures |= {
         "settings": {"model": name, "batch": batch, "precision": precision, "rounds": rounds, "device": where.type},
@@ -202,9 +204,14 @@ def _admitted(
 
 
 def _contestants(
-    name: str, overrides: dict[str, Any], weights: Mapping[str, Tensor], checkout: str | None, compiled: bool
+    name: str,
+    overrides: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    checkout: str | None,
+    only: Sequence[str],
+    compiled: bool,
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """Ours, every peer at hand and ours again, all with `weights`; and why a peer is missing."""
+    """Ours, every peer wanted and at hand, and ours again, all with `weights`; and why a peer is missing."""
     v = variant(name, **overrides)
     found, missing = [Contestant(name="ours", module=create_model(name, **overrides))], {}
     builders: dict[str, Callable[[], Contestant]] = {
@@ -212,6 +219,7 @@ def _contestants(
         "timm": lambda: peers.timm(v),
         "huggingface": lambda: peers.huggingface(v),
     }
+    builders = {peer: build for peer, build in builders.items() if peer in only}
     if compiled:
         builders["timm+compile"] = lambda: peers.timm(v)
     for peer, build in builders.items():
@@ -281,12 +289,14 @@ def _command(
     threads: int,
     precision: str,
     official: str | None,
+    only: Sequence[str],
     backward: bool,
     compiled: bool,
 ) -> str:
     parts = [f"swin-scale bench model --model {name} --batch {batch} --rounds {rounds} --threads {threads}"]
     parts += [f"--precision {precision} --mode {'both' if backward else 'forward'}"]
     parts += ["--official DIR"] * (official is not None) + ["--compile"] * compiled
+    parts += [f"--peers {' '.join(only)}"] * (tuple(only) != PEERS)
     return " ".join(parts)
 
 
