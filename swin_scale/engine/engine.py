@@ -62,6 +62,7 @@ class Engine:
         self.config = config
         self.dist = dist
         self.schedule = schedule
+        self._group = torch.distributed.group.WORLD
         self.dtype = DTYPES[config.engine.precision]
         on_gpu = dist.device.type == "cuda"
         # Each task may see one GPU alone: the device, not the local rank, is what DeepSpeed must select.
@@ -81,7 +82,7 @@ class Engine:
                 dist_init_required=False,
             )
         self.module: nn.Module = self._deepspeed.module
-        self.fragments = Fragments(self.module, self._zero, dist.rank, None, config.optim.ema_decay)
+        self.fragments = Fragments(self.module, self._zero, dist.rank, self._group, config.optim.ema_decay)
 
     def train_step(self, step: int, micro_batches: Iterable[MicroBatch], valid_samples: int) -> StepResult:
         """Consume global batch number `step` (from 0).
@@ -93,7 +94,7 @@ class Engine:
         """
         dist = self.dist
         total = torch.tensor([float(valid_samples)], device=dist.device)
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total, group=self._group)
         # DeepSpeed averages gradients over ranks; the mean wanted is over valid samples.
         weight = dist.world / total.clamp(min=1.0)
         lr = self._set_learning_rate(step)
@@ -110,7 +111,7 @@ class Engine:
             self._deepspeed.backward(loss, scale_wrt_gas=False)
             scale = float(getattr(self._zero, "loss_scale", None) or 1.0)
             self._deepspeed.step()
-        torch.distributed.all_reduce(loss_sum)
+        torch.distributed.all_reduce(loss_sum, group=self._group)
         skipped = bool(self._zero.overflow)
         if not skipped:
             self.fragments.update_ema()
