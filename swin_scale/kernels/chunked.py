@@ -2,7 +2,7 @@
 
 On a CPU the time of eager window attention goes into streaming N x N logits through memory and into the copies of
 partition, roll and head split. Here one gather brings the rows of a few images from image layout straight into
-(3, images, windows, heads, N, d), shift included; logits, softmax and their gradients live in scratch of about
+(3, windows, images, heads, N, d), shift included; logits, softmax and their gradients live in scratch of about
 `CHUNK` elements that stays in cache; one gather takes the result back. Backward recomputes the probabilities, so
 nothing of size N x N is kept between forward and backward.
 
@@ -11,6 +11,7 @@ It is a registered operator, hence one opaque node for selective activation chec
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -27,49 +28,65 @@ SDPA_TOKENS = 144
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """How a (B, H, W) map is cut: groups of whole images, and inside an image ranges of windows."""
+    """How a (B, H, W) map is cut: groups of `images`, and in each group ranges of windows that share one mask."""
 
     images: int
-    """Images in a group; more than one only where all their windows fit into one piece."""
     windows: int
-    ranges: list[slice]
+    ranges: list[tuple[slice, int]]
+    """Consecutive windows, in the order of `to_qkv`, and the row of `biases` they share."""
+    longest: int
+    """Windows of the longest range."""
+    biases: Tensor
+    """(masks, heads, N, N): the bias under each mask that occurs; one without shift, at most four with it."""
     to_qkv: Tensor
     from_qkv: Tensor
     to_heads: Tensor
     from_heads: Tensor
-    regions: Tensor | None
-    """(nW, N), None without shift."""
 
 
-def _plan(qkv: Tensor, heads: int, window_size: Sequence[int], shift_size: Sequence[int]) -> _Plan:
-    """Row numbers between image layout (image, token, q|k|v, head) and windows (q|k|v, image, window, head, token)."""
+def _plan(qkv: Tensor, bias: Tensor, window_size: Sequence[int], shift_size: Sequence[int]) -> _Plan:
+    """Row numbers between image layout (image, token, q|k|v, head) and windows (q|k|v, window, image, head, token)."""
     B, H, W, _ = qkv.shape
+    heads, N, _ = bias.shape
     window, shift = (window_size[0], window_size[1]), (shift_size[0], shift_size[1])
-    N, device = window[0] * window[1], qkv.device
-    windows = H * W // N
+    windows, device = H * W // N, qkv.device
+    order, counts, biases = None, [windows], bias[None]
+    if any(shift):
+        # Windows with the same seams share a mask. The regions follow from sizes alone: on the host, no device waits.
+        kinds, kind, count = shift_regions((H, W), window, shift).unique(dim=0, return_inverse=True, return_counts=True)
+        order, counts = kind.argsort(stable=True).to(device), count.tolist()
+        biases = bias + shift_mask(kinds, bias.dtype).to(device)[:, None]
     images, step = B, windows
     if device.type == "cpu":
-        step = max(1, min(windows, CHUNK // (heads * N * N)))
-        images = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * windows * heads * N * N <= CHUNK))
+        pieces = max(1, CHUNK // (heads * N * N))
+        images = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * max(counts) <= pieces))
+        step = max(1, pieces // images)
 
     def rows(parts: int) -> Tensor:
         at = torch.arange(images * H * W * parts * heads, device=device).view(images, H, W, parts * heads)
-        at = window_partition(at, window, shift).view(images, windows, N, parts, heads)
-        return at.permute(3, 0, 1, 4, 2).flatten()
+        at = window_partition(at, window, shift).view(images, windows, N, parts, heads).permute(3, 1, 0, 4, 2)
+        return (at if order is None else at[:, order]).flatten()
 
-    def inverse(order: Tensor) -> Tensor:
-        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+    def inverse(rows: Tensor) -> Tensor:
+        return torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=device))
 
+    ends = list(accumulate(counts))
+    ranges = [
+        (slice(at, min(at + step, end)), mask)
+        for mask, (count, end) in enumerate(zip(counts, ends, strict=True))
+        for at in range(end - count, end, step)
+    ]
     to_qkv, to_heads = rows(3), rows(1)
     return _Plan(
         images=images,
         windows=windows,
-        ranges=[slice(at, min(at + step, windows)) for at in range(0, windows, step)],
+        ranges=ranges,
+        longest=min(step, max(counts)),
+        biases=biases,
         to_qkv=to_qkv,
         from_qkv=inverse(to_qkv),
         to_heads=to_heads,
         from_heads=inverse(to_heads),
-        regions=shift_regions((H, W), window, shift, device) if any(shift) else None,
     )
 
 
@@ -83,7 +100,7 @@ def _move(rows: Tensor, index: Tensor, out: Tensor) -> None:
 
 
 def _scale_rows(qk: Tensor, scale: Tensor, cosine: bool) -> Tensor:
-    """In place: q to scale · q and, if `cosine`, q and k to unit length first; qk: (2, images, windows, heads, N, d).
+    """In place: q to scale · q and, if `cosine`, q and k to unit length first; qk: (2, windows, images, heads, N, d).
 
     Returns the factor by which gradients of q and k are multiplied: 0 for rows too short to have one.
     """
@@ -97,16 +114,9 @@ def _scale_rows(qk: Tensor, scale: Tensor, cosine: bool) -> Tensor:
     return factor.masked_fill_(norm < NORM_FLOOR, 0.0)
 
 
-def _start_logits(scratch: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
-    """bias + mask in `scratch`, (images, windows, heads, N, N); what q kᵀ is then added to."""
-    scratch.copy_(bias)
-    if regions is not None:
-        scratch.add_(shift_mask(regions, bias.dtype)[:, None])
-    return scratch
-
-
-def _probabilities(q: Tensor, k: Tensor, logits: Tensor) -> Tensor:
-    """softmax(logits + q kᵀ) in place."""
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scratch: Tensor) -> Tensor:
+    """softmax(q kᵀ + bias) in `scratch`, (windows, images, heads, N, N); returns it as (-1, N, N)."""
+    logits = scratch.copy_(bias).flatten(0, 2)
     return torch.softmax(torch.baddbmm(logits, q, k.transpose(1, 2), out=logits), -1, out=logits)
 
 
@@ -117,28 +127,23 @@ def _forward(
     B, H, W, C3 = qkv.shape
     heads, N, _ = bias.shape
     d, dtype = C3 // 3 // heads, bias.dtype
-    plan = _plan(qkv, heads, window_size, shift_size)
+    # Detached: torch's fused attention declines a bias that requires a gradient, even where none is recorded.
+    plan = _plan(qkv, bias.detach(), window_size, shift_size)
     n, groups = plan.images, B // plan.images
     rows, out = qkv.reshape(groups, -1, d), qkv.new_empty(groups, n * H * W, heads, d)
-    parts = qkv.new_empty(3, n, plan.windows, heads, N, d, dtype=dtype)
+    parts = qkv.new_empty(3, plan.windows, n, heads, N, d, dtype=dtype)
     result = torch.empty_like(parts[0])
-    scratch = qkv.new_empty(n, plan.ranges[0].stop, heads, N, N, dtype=dtype)
+    scratch = qkv.new_empty(plan.longest if N < SDPA_TOKENS else 0, n, heads, N, N, dtype=dtype)
     for group in range(groups):
         _move(rows[group], plan.to_qkv, parts)
         _scale_rows(parts[:2], scale, cosine)
-        for at in plan.ranges:
-            # Views: a range is either all windows, or n is 1.
-            q, k, v = (part[:, at].flatten(0, 1) for part in parts)
-            o = result[:, at].flatten(0, 1)
-            if plan.regions is None and N >= SDPA_TOKENS:
-                o.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=1.0))
-                continue
-            regions = None if plan.regions is None else plan.regions[at]
-            logits = _start_logits(scratch[:, : at.stop - at.start], bias, regions).flatten(0, 1)
+        for at, mask in plan.ranges:
+            q, k, v = (part[at].flatten(0, 1) for part in parts)
+            o, bias = result[at].flatten(0, 1), plan.biases[mask]
             if N >= SDPA_TOKENS:
-                o.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=1.0))
+                o.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=1.0))
             else:
-                p = _probabilities(q.flatten(0, 1), k.flatten(0, 1), logits.flatten(0, 1))
+                p = _probabilities(q.flatten(0, 1), k.flatten(0, 1), bias, scratch[: at.stop - at.start])
                 torch.bmm(p, v.flatten(0, 1), out=o.flatten(0, 1))
         _move(result, plan.from_heads, out[group])
     return out.view(B, H, W, C3 // 3)
@@ -151,24 +156,23 @@ def _backward(
     B, _, _, C3 = qkv.shape
     heads, N, _ = bias.shape
     d, dtype = C3 // 3 // heads, bias.dtype
-    plan = _plan(qkv, heads, window_size, shift_size)
+    plan = _plan(qkv, bias.detach(), window_size, shift_size)
     n, groups = plan.images, B // plan.images
     rows, grad_rows = qkv.reshape(groups, -1, d), grad.reshape(groups, -1, d)
     d_qkv, d_scale, d_bias = qkv.new_empty(rows.shape), torch.zeros_like(scale), torch.zeros_like(bias)
-    parts = qkv.new_empty(3, n, plan.windows, heads, N, d, dtype=dtype)
+    parts = qkv.new_empty(3, plan.windows, n, heads, N, d, dtype=dtype)
     d_parts, d_out = torch.empty_like(parts), torch.empty_like(parts[0])
-    scratch = qkv.new_empty(2, n, plan.ranges[0].stop, heads, N, N, dtype=dtype)
+    scratch = qkv.new_empty(2, plan.longest, n, heads, N, N, dtype=dtype)
     for group in range(groups):
         _move(rows[group], plan.to_qkv, parts)
         _move(grad_rows[group], plan.to_heads, d_out)
         factor = _scale_rows(parts[:2], scale, cosine)
-        for at in plan.ranges:
-            q, k, v = (part[:, at].flatten(0, 2) for part in parts)
-            dq, dk, dv = (part[:, at].flatten(0, 2) for part in d_parts)
-            do = d_out[:, at].flatten(0, 2)
-            logits, ds = scratch[:, :, : at.stop - at.start]
-            regions = None if plan.regions is None else plan.regions[at]
-            p = _probabilities(q, k, _start_logits(logits, bias, regions).flatten(0, 2))
+        for at, mask in plan.ranges:
+            q, k, v = (part[at].flatten(0, 2) for part in parts)
+            dq, dk, dv = (part[at].flatten(0, 2) for part in d_parts)
+            do = d_out[at].flatten(0, 2)
+            logits, ds = scratch[:, : at.stop - at.start]
+            p = _probabilities(q, k, plan.biases[mask], logits)
             ds = ds.flatten(0, 2)
             torch.bmm(p.transpose(1, 2), do, out=dv)
             torch.bmm(do, v.transpose(1, 2), out=ds)
