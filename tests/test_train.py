@@ -18,24 +18,6 @@ from tests import runs
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """(train, val) shard sets of a few hundred real digits."""
-    from data_prep.digits import write_digit_folders
-    from data_prep.write import write_shards
-
-    root = tmp_path_factory.mktemp("digits")
-    train, val = write_digit_folders(root / "images", val_per_class=470)
-    write_shards(train, root / "train", workers=1, samples_per_shard=100)
-    few = root / "few"
-    for folder in sorted(val.iterdir()):
-        (few / folder.name).mkdir(parents=True)
-        for image in sorted(folder.iterdir())[:5]:
-            shutil.copy(image, few / folder.name)
-    write_shards(few, root / "val", workers=1)
-    return root / "train", root / "val"
-
-
-@pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
     """A run of 12 steps that nothing disturbed: 300 images, batch 24, so an epoch ends at step 13."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
