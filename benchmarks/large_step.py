@@ -1,0 +1,137 @@
+"""A SwinV2 of the largest sizes, uncut, through the command line: one real step, saved, resumed for another.
+
+``python benchmarks/large_step.py --model swinv2_huge_patch4_window12_192 --out FILE``. Three runs on real digits: two
+steps in one go, one step, and that one resumed for the second. The second step's loss, norm and samples must be equal,
+bit for bit, in both. Prints and writes seconds and peak memory of each. About 4 bytes x 4 per parameter of memory at
+ZeRO-0 in fp32, and 12 on disk for each checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data_prep.digits import write_digit_folders  # noqa: E402
+from data_prep.write import write_shards  # noqa: E402
+from swin_scale.bench.result import Result, describe  # noqa: E402
+from swin_scale.log import read_metrics  # noqa: E402
+
+RUNS = {"two steps": ("whole", 2), "one step": ("parts", 1), "resumed": ("parts", 2)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="swinv2_huge_patch4_window12_192")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config values, such as engine.zero_stage=1")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="large_step.") as folder:
+        root = Path(folder)
+        train, _ = write_digit_folders(root / "images", val_per_class=490)
+        write_shards(train, root / "shards", workers=1)
+        figures, rows = {}, {}
+        for name, (directory, stop) in RUNS.items():
+            settings = config(arguments.model, arguments.batch, root, directory, stop) + arguments.overrides
+            figures[name] = run(settings)
+            rows[name] = read_metrics(root / directory / "metrics.jsonl")
+            checkpoint = root / directory / "checkpoints" / f"step_{stop:08d}"
+            figures[name]["checkpoint_gb"] = sum(f.stat().st_size for f in checkpoint.iterdir()) / 1e9
+            figures[name]["step_s"] = rows[name][stop]["step_s"]
+            if directory == "whole":
+                shutil.rmtree(root / directory / "checkpoints")
+    kept = ("loss", "grad_norm", "batch_digest")
+    first, second = ({key: rows[name][2][key] for key in kept} for name in ("two steps", "resumed"))
+    command = " ".join(["python benchmarks/large_step.py", *sys.argv[1:]])
+    result = Result(
+        figures=describe("large_step", command, torch.device("cpu"))
+        | {"model": arguments.model, "runs": figures, "second_step": first, "resumed_second_step": second}
+        | {"bit_equal": first == second},
+        table="\n".join(
+            f"{name:<10} {f['wall_s']:7.1f} s   step {f['step_s']:6.1f} s   peak {f['peak_gb']:5.1f} GB   "
+            f"checkpoint {f['checkpoint_gb']:5.2f} GB"
+            for name, f in figures.items()
+        )
+        + f"\nsecond step, straight and resumed: {first} {'==' if first == second else '!='} {second}",
+    )
+    sys.stdout.write(f"{result}\n")
+    if arguments.out:
+        result.write(arguments.out)
+    return int(first != second)
+
+
+def config(model: str, batch: int, root: Path, directory: str, stop: int) -> list[str]:
+    """Arguments of ``swin-scale train`` for a run of `stop` steps."""
+    empty = root / "config.yaml"
+    empty.write_text("train: {}\n")
+    values = {
+        "run.dir": root / directory,
+        "data.train": f"[{root / 'shards'}]",
+        "data.workers": 1,
+        "model.name": model,
+        "engine.zero_stage": 0,
+        "engine.precision": "fp32",
+        "engine.activation_checkpointing": "block",
+        "augment.mixup": 0.0,
+        "augment.cutmix": 0.0,
+        "optim.lr": 1e-4,
+        "schedule.total_steps": 100,
+        "schedule.warmup_steps": 10,
+        "train.global_batch": batch,
+        "train.max_steps": stop,
+        "train.log_every": 1,
+        "train.tensorboard": "false",
+        "checkpoint.every_minutes": "null",
+    }
+    return [str(empty), *(f"{key}={value}" for key, value in values.items())]
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """One ``swin-scale train``; seconds, and the peak of its private memory with its children's (GB)."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "swin_scale", "train", *arguments], cwd=ROOT)
+    peak = 0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.2):
+            peak = max(peak, private_bytes(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    code = process.wait()
+    done.set()
+    watcher.join()
+    if code:
+        raise SystemExit(f"the run ended with exit code {code}")
+    return {"wall_s": round(time.monotonic() - start, 1), "peak_gb": round(peak / 1e9, 2)}
+
+
+def private_bytes(pid: int) -> int:
+    """Memory of `pid` that nobody else has mapped, swapped pages included; 0 when it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    kilobytes = [int(line.split()[1]) for line in text.splitlines() if line.startswith(("Private_", "Swap:"))]
+    return 1024 * sum(kilobytes)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    sys.exit(main())
