@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,21 +94,25 @@ def finite(value: Any) -> Any:
     return value
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """All JSON objects of a file, in order; a missing file is empty. Torn lines, which kills leave, are skipped."""
+def iter_jsonl(path: Path) -> Iterator[Row]:
+    """The JSON objects of a file, in order; a missing file is empty. Torn lines, which kills leave, are skipped."""
     try:
-        data = path.read_bytes()
+        file = open(path, "rb")  # noqa: SIM115 - closed below, once the last line is read
     except FileNotFoundError:
-        return []
-    rows = []
-    for line in data.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """All that `iter_jsonl` finds."""
+    return list(iter_jsonl(path))
 
 
 def read_metrics(path: Path) -> dict[int, Row]:

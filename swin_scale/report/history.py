@@ -1,0 +1,188 @@
+"""What the files of a run directory say about the run: columns of numbers, events, skipped samples, config, end.
+
+Only files are read, and every one may be missing, torn or written by somebody else: what cannot be used is left out.
+A run of a million steps takes seconds and 8 bytes a number, since rows become columns while they are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swin_scale.log import Row, iter_jsonl
+
+COLUMNS = (
+    "samples", "loss", "aux_loss", "lr", "grad_norm", "loss_scale", "skipped", "images_per_s", "data_wait_s", "step_s",
+    "mem_gb", "mfu",
+)  # fmt: skip
+"""Numbers of a step row that are drawn or summed up."""
+
+ORDINARY = frozenset({"eval", "checkpoint", "skipped_sample"})
+"""Events of a run that goes well, and those that `skipped.jsonl` tells better."""
+
+MAX_EVENTS = 10_000
+LISTED_SKIPS = 100
+_LARGEST = 1e100
+_CONFIG_LINE = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+):(?: (?P<value>.*?))?(?: +# (?P<origin>[^\"]*))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skips:
+    """Samples that could not be used, each counted once an epoch however often its step was repeated."""
+
+    count: int
+    by_shard: tuple[tuple[str, str, int], ...]
+    """(shard, reason, samples), the most frequent first."""
+    first: tuple[Row, ...]
+    steps: np.ndarray
+    """(count,) int64, not sorted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """All that a report shows."""
+
+    directory: Path
+    steps: np.ndarray
+    """(n,) int64, rising; the last row of a step counts."""
+    columns: Mapping[str, np.ndarray]
+    """Name of `COLUMNS` -> (n,) float64, NaN where a row has no finite number."""
+    repeated: int
+    """Rows of steps that a resumed run did again."""
+    events: tuple[Row, ...]
+    """In the order in which they happened, less skipped samples."""
+    skips: Skips
+    config: tuple[tuple[str, str, str], ...]
+    """(key, value, where it came from) as text."""
+    exit: Row | None
+    """`code`, `rank`, `cause`, `time`; None where the run has recorded no end."""
+    checkpoints: tuple[str, ...]
+    """Names of the committed checkpoints, the newest last."""
+
+    def named(self, name: str) -> list[Row]:
+        """The events of one name."""
+        return [event for event in self.events if event["event"] == name]
+
+
+def read_history(directory: Path) -> History:
+    """Read a run directory; a file that is missing is an empty one. Raises OSError for one that cannot be read."""
+    steps, columns, repeated, events = _read_metrics(directory / "metrics.jsonl")
+    return History(
+        directory=directory,
+        steps=steps,
+        columns=columns,
+        repeated=repeated,
+        events=tuple(events),
+        skips=_read_skips(directory / "skipped.jsonl"),
+        config=read_config(_text(directory / "config.yaml")),
+        exit=_read_exit(_text(directory / "exit.json")),
+        checkpoints=_checkpoints(directory / "checkpoints"),
+    )
+
+
+def _read_metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], int, list[Row]]:
+    steps = array("q")
+    numbers = {name: array("d") for name in COLUMNS}
+    filling = [(name, values.append) for name, values in numbers.items()]
+    events: list[Row] = []
+    for row in iter_jsonl(path):
+        step = row.get("step")
+        if type(step) is not int or not 0 <= step < 1 << 53:
+            continue
+        if "event" in row:
+            if row["event"] != "skipped_sample" and len(events) < MAX_EVENTS:
+                events.append({**row, "event": str(row["event"])})
+            continue
+        steps.append(step)
+        for name, append in filling:
+            append(number(row.get(name)))
+    kept = _last_of_each(np.array(steps, dtype=np.int64))
+    columns = {name: np.array(values)[kept] for name, values in numbers.items()}
+    return np.array(steps, dtype=np.int64)[kept], columns, len(steps) - len(kept), events
+
+
+def number(value: Any) -> float:
+    """`value` as a finite float, NaN for all else; numbers that no float32 reaches are brought into range."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return math.nan
+    elif not isinstance(value, int):
+        return math.nan
+    return float(min(max(value, -_LARGEST), _LARGEST))
+
+
+def _last_of_each(steps: np.ndarray) -> np.ndarray:
+    """Indices that sort `steps`, with the last of every value only."""
+    order = np.argsort(steps, kind="stable")
+    ordered = steps[order]
+    return order[np.append(ordered[1:] != ordered[:-1], True)] if len(order) else order
+
+
+def _read_skips(path: Path) -> Skips:
+    seen: set[tuple[str, ...]] = set()
+    counts: Counter[tuple[str, str]] = Counter()
+    first: list[Row] = []
+    steps = array("q")
+    for row in iter_jsonl(path):
+        identity = tuple(str(row.get(key)) for key in ("epoch", "source", "shard", "key"))
+        if identity in seen:
+            continue
+        seen.add(identity)
+        counts[str(row.get("shard")), str(row.get("reason"))] += 1
+        if len(first) < LISTED_SKIPS:
+            first.append(row)
+        steps.append(int(number(row.get("step", 0)) if number(row.get("step")) >= 0 else 0))
+    return Skips(
+        count=len(seen),
+        by_shard=tuple((shard, reason, n) for (shard, reason), n in counts.most_common()),
+        first=tuple(first),
+        steps=np.array(steps, dtype=np.int64),
+    )
+
+
+def read_config(text: str) -> tuple[tuple[str, str, str], ...]:
+    """(dotted key, value, origin) of each line of a resolved ``config.yaml``; lines of another form are left out."""
+    rows, section = [], ""
+    for line in text.splitlines():
+        match = _CONFIG_LINE.fullmatch(line.rstrip())
+        if match is None:
+            continue
+        if not match["indent"]:
+            section = ""
+        if match["value"] is None:
+            section = f"{match['key']}."
+        else:
+            rows.append((section + match["key"], match["value"].strip(), match["origin"] or ""))
+    return tuple(rows)
+
+
+def _read_exit(text: str) -> Row | None:
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def _checkpoints(root: Path) -> tuple[str, ...]:
+    try:
+        names = [entry.name for entry in root.iterdir() if re.fullmatch(r"step_\d{8,}", entry.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    return tuple(sorted(names, key=lambda name: (len(name), name)))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""

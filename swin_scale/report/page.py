@@ -1,0 +1,284 @@
+"""The page: head and summary, pictures, then tables, most wanted first. Every word from a file goes through `escape`.
+
+The page may run one script, its own, by digest, and may fetch nothing: should an escape ever be missing, a browser
+still runs and loads none of what the files of a run hold.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from swin_scale.log import Row
+from swin_scale.report.curves import Span, short
+from swin_scale.report.history import LISTED_SKIPS, History, number
+from swin_scale.report.pictures import Picture, is_remarkable, lanes, pictures
+from swin_scale.report.style import CSS, SCRIPT
+from swin_scale.report.svg import CELLS, draw, escape
+from swin_scale.report.svg import describe as in_words
+from swin_scale.report.svg import lanes as draw_lanes
+
+ENDS: Mapping[int, tuple[str, str]] = {
+    0: ("good", "finished"),
+    2: ("bad", "stopped: wrong input"),
+    3: ("bad", "stopped: data"),
+    4: ("bad", "stopped: checkpoint"),
+    5: ("bad", "stopped: diverged"),
+    6: ("wait", "stopped: a peer was lost"),
+    75: ("wait", "preempted and saved"),
+}
+"""Exit code -> (class of the style sheet, words)."""
+
+LISTED_EVENTS = 200
+LISTED_SHARDS = 50
+
+_Cells = Sequence[object]
+
+
+def page(history: History, written: float) -> str:
+    """The whole document; `written` is the time it shows, in seconds since the epoch."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    sections = [
+        _head(history),
+        _summary(history),
+        _pictures(history),
+        _evaluations(history),
+        _skips(history),
+        _events(history),
+        _config(history),
+        _environment(history),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="referrer" content="no-referrer">'
+        f"<title>{escape(_name(history))}: run report</title><style>{CSS}</style></head>\n<body>\n"
+        + "\n".join(section for section in sections if section)
+        + f"\n<footer>Written {_date(written)} from the files in the run directory.</footer>\n"
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _name(history: History) -> str:
+    return history.directory.resolve().name or "run"
+
+
+def _head(history: History) -> str:
+    end = history.exit
+    code = end.get("code") if end else None
+    kind, words = ENDS.get(code, ("bad", "stopped: error")) if isinstance(code, int) else ("wait", "no end recorded")
+    text = f"{words} (exit {code})" if isinstance(code, int) else f"{words}: still running, or killed"
+    model = {key: value for key, value, _ in history.config}.get("model.name", "").strip('"')
+    head = f'<header><h1>{escape(_name(history))}</h1><span class="badge {kind}">{escape(text)}</span>'
+    head += f"<p>{escape(' · '.join(part for part in (model, str(history.directory.resolve())) if part))}</p></header>"
+    if end and code != 0 and end.get("cause"):
+        head += f'<p class="cause"><b>rank {escape(end.get("rank"))}</b>: {escape(end["cause"], 4000)}</p>'
+    return head
+
+
+def _summary(history: History) -> str:
+    columns, steps = history.columns, history.steps
+    facts: list[tuple[str, str, str]] = []
+    if len(steps):
+        samples = columns["samples"][np.isfinite(columns["samples"])]
+        again = f"{history.repeated:,} done again after a resume" if history.repeated else ""
+        facts.append(("Steps", f"{int(steps[-1]):,}", again))
+        if len(samples):
+            facts.append(("Images seen", short(float(samples[-1])), ""))
+        seconds = columns["step_s"][np.isfinite(columns["step_s"])]
+        facts.append(("Training time", _duration(float(seconds.sum())), _wall(history)))
+        rates = columns["images_per_s"][np.isfinite(columns["images_per_s"])]
+        if len(rates):
+            facts.append(("Throughput, median", f"{short(float(np.median(rates)))} images/s",
+                          f"mean {short(float(rates.mean()))}"))  # fmt: skip
+        waited = columns["data_wait_s"][np.isfinite(columns["data_wait_s"])]
+        if len(waited) and seconds.sum() > 0:
+            facts.append(("Waiting for data", f"{100 * waited.sum() / seconds.sum():.1f} %", "of the training time"))
+        losses = np.flatnonzero(np.isfinite(columns["loss"]))
+        if len(losses):
+            facts.append(("Last loss", short(float(columns["loss"][losses[-1]])), ""))
+    best = max(history.named("eval"), key=lambda row: number(row.get("top1", -1)), default=None)
+    if best is not None and number(best.get("top1")) == number(best.get("top1")):
+        what = f"{'' if best.get('weights', 'master') == 'master' else best.get('weights')} at step {best['step']:,}"
+        facts.append(("Best top-1", f"{number(best.get('top1')):.2f} %", what.strip()))
+    facts.append(("Last checkpoint", history.checkpoints[-1] if history.checkpoints else "none",
+                  f"{len(history.checkpoints)} kept" if history.checkpoints else ""))  # fmt: skip
+    facts.append(("Skipped samples", f"{history.skips.count:,}", ""))
+    updates = int((columns["skipped"] == 1).sum())
+    if updates:
+        facts.append(("Skipped updates", f"{updates:,}", "non-finite gradients"))
+    resumes = [row for row in history.named("start") if row["step"] > 0]
+    if resumes:
+        facts.append(("Resumes", str(len(resumes)), ""))
+    cells = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(note)}</small>' if note else ''}</dd></div>"
+        for name, value, note in facts
+    )
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def _wall(history: History) -> str:
+    """From the first event to the recorded end, breaks between runs included."""
+    times = [number(row.get("time")) for row in (*history.events, history.exit or {})]
+    times = [moment for moment in times if moment == moment]
+    return f"{_duration(max(times) - min(times))} on the wall" if len(times) > 1 else ""
+
+
+def _pictures(history: History) -> str:
+    drawn, marks = pictures(history), [row for row in history.events if is_remarkable(row)]
+    happened = lanes(history)
+    places = [history.steps, *(steps for _, steps in happened)]
+    every = np.concatenate([p for p in places if len(p)] or [np.zeros(0, dtype=np.int64)])
+    every = every[every > 0]
+    if not len(every):
+        return '<h2>Pictures</h2><p class="note">No step was recorded.</p>'
+    span = Span(first=int(every.min()), last=int(every.max()), most=CELLS)
+    figures = [_figure(picture, draw(picture, span, marks)) for picture in drawn]
+    if happened:
+        caption = "<h3>Events</h3><span>one tick each</span>"
+        figures.append(f"<figure><figcaption>{caption}</figcaption>{draw_lanes(happened, span)}</figure>")
+    notes = []
+    if any(one.kind == "curve" for picture in drawn for one in picture.series):
+        notes.append("Strong lines are smoothed; the pale ones behind them hold every value of every step.")
+    if marks:
+        kinds = sorted({str(row["event"]) for row in marks})
+        notes.append(f"Dashed upright lines: {', '.join(kinds)}.")
+    note = f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""
+    return f'<h2>Pictures</h2>{note}<div class="pictures">{"".join(figures)}</div>'
+
+
+def _figure(picture: Picture, svg: str) -> str:
+    keys = "".join(f'<span class="key c{one.colour}">{escape(one.label)}</span>' for one in picture.series)
+    caption = f"<h3>{escape(picture.title)}</h3><span>{escape(picture.unit)}</span>"
+    caption += keys if len(picture.series) > 1 else ""
+    words = escape(in_words(picture), 2000)
+    return f"<figure><figcaption>{caption}</figcaption>{svg}<p>{words}</p></figure>"
+
+
+def _evaluations(history: History) -> str:
+    rows = history.named("eval")
+    keys = [key for key in ("top1", "top5", "loss", "samples", "unusable") if any(key in row for row in rows)]
+    cells = [
+        [f"{row['step']:,}", row.get("weights", "master"), *(short(number(row.get(key))) for key in keys)]
+        for row in rows[-LISTED_EVENTS:]
+    ]
+    more = len(rows) - len(cells)
+    names = {"top1": "top-1, %", "top5": "top-5, %", "unusable": "unusable samples"}
+    note = f"The last {len(cells)} of {len(rows):,}." if more else ""
+    return _section("Evaluations", ["step", "weights", *(names.get(k, k) for k in keys)], cells, note=note)
+
+
+def _skips(history: History) -> str:
+    skips = history.skips
+    if not skips.count:
+        return ""
+    by_shard = _table(["shard", "reason", "samples"], skips.by_shard[:LISTED_SHARDS], numeric=(2,))
+    first = _table(
+        ["step", "shard", "key", "reason"],
+        [[row.get(key) for key in ("step", "shard", "key", "reason")] for row in skips.first],
+        numeric=(0,),
+    )
+    rest = len(skips.by_shard) - LISTED_SHARDS
+    note = f'<p class="note">and {rest:,} more pairs of shard and reason</p>' if rest > 0 else ""
+    listed = "All of them" if skips.count <= LISTED_SKIPS else f"The first {LISTED_SKIPS}"
+    return (
+        f"<h2>Skipped samples</h2>{by_shard}{note}<details><summary>{listed}</summary>{first}"
+        '<p class="note">All are in <code>skipped.jsonl</code>.</p></details>'
+    )
+
+
+def _events(history: History) -> str:
+    rows = [row for row in history.events if row["event"] != "eval"]
+    shown = rows[-LISTED_EVENTS:]
+    cells = []
+    for row in shown:
+        fields = {k: v for k, v in row.items() if k not in ("event", "step", "time", "environment")}
+        moment = number(row.get("time"))
+        cells.append([f"{row['step']:,}", row["event"], _date(moment) if moment == moment else "", _fields(fields)])
+    note = f"The last {len(shown)} of {len(rows):,}." if len(rows) > len(shown) else ""
+    return _section("Events", ["step", "event", "when", "what"], cells, note=note)
+
+
+def _config(history: History) -> str:
+    if not history.config:
+        return ""
+    lines, section = [], ""
+    for key, value, origin in history.config:
+        head, _, name = key.rpartition(".")
+        if head and head != section:
+            lines.append(f'<tr class="head"><td colspan="3">{escape(head)}</td></tr>')
+        section = head
+        kind = ' class="default"' if origin == "default" else ""
+        lines.append(
+            f"<tr{kind}><td><code>{escape(name)}</code></td><td><code>{escape(value, 2000)}</code></td>"
+            f'<td class="from">{escape(origin)}</td></tr>'
+        )
+    heads = "<thead><tr><th>key</th><th>value</th><th>from</th></tr></thead>"
+    return (
+        "<details open><summary>Configuration</summary>"
+        f'<div class="table"><table>{heads}<tbody>{"".join(lines)}</tbody></table></div></details>'
+    )
+
+
+def _environment(history: History) -> str:
+    """One column for each start that saw something else than the one before."""
+    starts: list[tuple[Row, Mapping[str, Any]]] = []
+    for row in history.named("start"):
+        facts = row.get("environment")
+        if isinstance(facts, dict) and (not starts or starts[-1][1] != facts):
+            starts.append((row, facts))
+    starts = starts[-6:]
+    keys = list(dict.fromkeys(key for _, facts in starts for key in facts))
+    cells = [[key, *(_plain(facts.get(key)) for _, facts in starts)] for key in keys]
+    return _section("Environment", ["", *(f"from step {row['step']:,}" for row, _ in starts)], cells)
+
+
+def _section(title: str, heads: Sequence[str], rows: Sequence[_Cells], *, note: str = "") -> str:
+    if not rows:
+        return ""
+    numeric = [at for at, head in enumerate(heads) if head in ("step", "top-1, %", "top-5, %", "loss", "samples")]
+    told = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<h2>{escape(title)}</h2>{told}{_table(heads, rows, numeric=numeric)}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[_Cells], *, numeric: Iterable[int] = ()) -> str:
+    kinds = dict.fromkeys(numeric, ' class="n"')
+
+    def row(cells: _Cells, tag: str) -> str:
+        return "".join(f"<{tag}{kinds.get(at, '')}>{escape(cell)}</{tag}>" for at, cell in enumerate(cells))
+
+    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
+    return f'<div class="table"><table><thead><tr>{row(heads, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _fields(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_plain(value)}" for key, value in fields.items() if value is not None)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return short(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _date(seconds: float) -> str:
+    # Times of other machines' clocks may be anything.
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(max(seconds, 0.0), 4e9)))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h {minutes:02} min" if days else f"{hours}:{minutes:02}:{rest:02}"
