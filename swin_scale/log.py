@@ -18,6 +18,11 @@ TIME = "%Y-%m-%d %H:%M:%S"
 
 Row = dict[str, Any]
 
+MAX_UNWRITTEN = 64 << 20
+"""Bytes of rows kept while their file cannot be written: about 180,000 steps. Older ones are dropped then."""
+
+logger = logging.getLogger(__name__)
+
 
 def setup_logging(run_dir: Path | None, rank: int, *, console: bool) -> None:
     """Send the log to ``logs/rank{rank}.log`` of the run, and to stderr on the rank a person watches.
@@ -45,7 +50,17 @@ def setup_logging(run_dir: Path | None, rank: int, *, console: bool) -> None:
 
 
 class _OwnFile(logging.FileHandler):
-    """The handler that `setup_logging` may replace."""
+    """The handler that `setup_logging` may replace. Where it cannot write it says so once, without a traceback."""
+
+    _failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failing:
+            self._failing = True
+            sys.stderr.write(f"{self.baseFilename} cannot be written ({error.strerror}); its lines are lost\n")
 
 
 class _OwnConsole(logging.StreamHandler):
@@ -53,28 +68,66 @@ class _OwnConsole(logging.StreamHandler):
 
 
 class JsonLines:
-    """Append-only file of JSON objects, one a line."""
+    """Append-only file of JSON objects, one a line.
+
+    Rows that cannot be written, because the disk is full for instance, are kept and written with the next ones: a run
+    that has computed for days does not end for want of a line in its diary.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        # Unbuffered: each batch of rows is one write, so that a kill can tear only the last line written.
-        self._file: io.FileIO = open(path, "ab+", buffering=0)  # noqa: SIM115 - closed in close()
-        end = self._file.seek(0, os.SEEK_END)
-        if end:
-            self._file.seek(end - 1)
-            if self._file.read(1) != b"\n":
-                # A killed run left half a line. Close it, and let readers skip it.
-                self._file.write(b"\n")
+        self._file: io.FileIO | None = None
+        self._unwritten = bytearray()
+        self._failing = False
+        self._drain()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append `rows` in one write. Numbers that JSON does not have (NaN, infinities) are written as null."""
-        data = "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
-        while data:  # a raw write may be short, on a disk that is full for instance
-            data = data[self._file.write(data) :]
+        for row in rows:
+            self._unwritten += json.dumps(finite(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self._drain()
 
     def close(self) -> None:
-        self._file.close()
+        """Try once more to write what is left, and say how much is lost."""
+        self._drain()
+        if self._unwritten:
+            logger.error("%s lacks its last %d bytes: there was no room for them", self.path, len(self._unwritten))
+            self._unwritten.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _drain(self) -> None:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            while self._unwritten:  # a raw write may be short, on a disk that is full for instance
+                del self._unwritten[: self._file.write(self._unwritten)]
+        except OSError as error:
+            if not self._failing:
+                reason = error.strerror or error
+                logger.error("%s cannot be written (%s); rows wait in memory until it can", self.path, reason)
+            self._failing = True
+            if len(self._unwritten) > MAX_UNWRITTEN:
+                # From a line's end on; the first one left may be half written.
+                cut = self._unwritten.find(b"\n", len(self._unwritten) - MAX_UNWRITTEN // 2)
+                del self._unwritten[:cut]
+        else:
+            if self._failing:
+                logger.warning("%s is written again", self.path)
+            self._failing = False
+
+    def _open(self) -> io.FileIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: each batch of rows is one write, so that a kill can tear only the last line written.
+        file: io.FileIO = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - closed in close()
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                # A killed run left half a line. Close it, and let readers skip it.
+                self._unwritten[:0] = b"\n"
+        return file
 
     def __enter__(self) -> JsonLines:
         return self

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ MANIFEST_NAME = "manifest.json"
 FRAGMENTS_NAME = "fragments.npy"
 STATE_NAME = "state.json"
 CONFIG_NAME = "config.yaml"
-MAX_JSON_BYTES = 32 << 20
+MAX_JSON_BYTES = 8 << 20
+"""Largest manifest or state read: 50,000 parameters. The JSON parser may need 25 times as much memory."""
+MAX_NUMEL = 1 << 62
 
 FRAGMENT_DTYPE = np.dtype(
     [
@@ -111,7 +114,10 @@ class Manifest:
             },
             indent=1,
         )
-        return _prefix(body) + body + b"}\n"
+        text = _prefix(body) + body + b"}\n"
+        if len(text) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{MANIFEST_NAME} would have {len(text)} bytes, over the limit of {MAX_JSON_BYTES}")
+        return text
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
@@ -136,12 +142,14 @@ class Manifest:
             )
             for name, row in manifest.parameters.items():
                 if not all(type(size) is int and size >= 0 for size in row["shape"]):
-                    raise CheckpointError(f"{path}: parameter {name!r} has shape {row['shape']}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+                    raise CheckpointError(f"{path}: parameter {name!r} has shape {str(row['shape'])[:80]}")
+                if len(row["shape"]) > 64 or math.prod(row["shape"]) >= MAX_NUMEL:
+                    raise CheckpointError(f"{path}: parameter {name!r} has shape {str(row['shape'])[:80]}")
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
         for name in (*manifest.files, *manifest.rank_files):
-            if name != os.path.basename(name) or name in ("", ".", "..") or name not in manifest.files:
-                raise CheckpointError(f"{path}: {name!r} is not one of its files")
+            if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or name not in manifest.files:
+                raise CheckpointError(f"{path}: {name[:80]!r} is not one of its files")
         return manifest
 
     def numel(self, name: str) -> int:
@@ -157,10 +165,21 @@ def _prefix(body: bytes) -> bytes:
     return f'{{"format": "{FORMAT}", "xxh3_128": "{xxhash.xxh3_128(body).hexdigest()}", "body": '.encode()
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a plain file; raises CheckpointError for links and devices, which a checkpoint never holds, and OSError.
+
+    A link could lead anywhere, and opening a pipe waits for ever.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is not a plain file; checkpoints hold no links, pipes or devices")
+    return found.st_size
+
+
 def read_small(path: Path) -> bytes:
     """Bytes of a file that must be small; raises CheckpointError."""
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {size} bytes, over the limit of {MAX_JSON_BYTES}")
         return path.read_bytes()

@@ -23,6 +23,7 @@ from swin_scale.checkpoint.manifest import (
     STATE_NAME,
     Manifest,
     check_complete,
+    file_size,
     read_small,
 )
 from swin_scale.checkpoint.tensorfile import CHUNK_BYTES, DTYPES, hash_file, read_range
@@ -67,11 +68,13 @@ def verify(path: str | os.PathLike[str], files: Iterable[str] | None = None) -> 
 def _problem(path: Path, manifest: Manifest, *, digest: bool) -> str | None:
     stated = manifest.files[path.name]
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         if size != stated.bytes:
             return f"{path} is damaged: {size} bytes, the manifest says {stated.bytes}"
         if digest and (seen := hash_file(path)[1]) != stated.xxh3_128:
             return f"{path} is damaged: xxh3_128 is {seen}, the manifest says {stated.xxh3_128}"
+    except CheckpointError as error:
+        return str(error)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror or error}"
     return None
@@ -86,8 +89,8 @@ class Checkpoint:
         self.step: int = manifest.step
         self.parameters = manifest.parameters
         self.model = manifest.model
-        self.state: dict[str, Any] = strictjson.loads(read_small(path / STATE_NAME), path / STATE_NAME)
-        self.config_text: str = read_small(path / CONFIG_NAME).decode()
+        self.state: dict[str, Any] = _load_state(path / STATE_NAME)
+        self.config_text: str = _load_text(path / CONFIG_NAME)
         self._table = table
         self._name_id = {name: i for i, name in enumerate(manifest.parameters)}
         self._kind_id = {kind: i for i, kind in enumerate(manifest.kinds)}
@@ -200,24 +203,48 @@ class Checkpoint:
 _verify = verify  # `Checkpoint.open` has a parameter of the same name
 
 
-def _load_table(path: Path) -> np.ndarray:
+def _load_state(path: Path) -> dict[str, Any]:
+    state = strictjson.loads(read_small(path), path)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is damaged: it holds {type(state).__name__}, not a table")
+    return state
+
+
+def _load_text(path: Path) -> str:
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{path} is not a fragment table: {error}") from error
+        return read_small(path).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _load_table(path: Path) -> np.ndarray:
+    # `np.load` would also open zip archives and pickles; this reads one format, and refuses objects by their header.
+    try:
+        table = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, EOFError, OSError, OverflowError, MemoryError, RecursionError, SyntaxError) as error:
+        raise CheckpointError(f"{path} is not a fragment table: {str(error)[:200]}") from error
     if table.dtype != FRAGMENT_DTYPE or table.ndim != 1:
-        raise CheckpointError(f"{path} holds {table.dtype} of shape {table.shape}, expected 1-D {FRAGMENT_DTYPE}")
+        found = f"{str(table.dtype)[:80]} of shape {table.shape}"
+        raise CheckpointError(f"{path} holds {found}, expected 1-D {FRAGMENT_DTYPE}")
     return np.array(table)
 
 
 def _check_ranges(table: np.ndarray, manifest: Manifest, directory: Path) -> None:
-    """Every fragment ends inside its file."""
+    """Every fragment ends inside its file, and before the next one of the file begins."""
     itemsize = np.array([dtype.itemsize for dtype in DTYPES.values()], dtype=np.uint64)
     sizes = np.array([manifest.files[name].bytes for name in manifest.rank_files], dtype=np.uint64)
     end = table["offset"] + table["length"] * itemsize[table["dtype"]]
+
+    def fail(row: int, what: str) -> None:
+        raise CheckpointError(f"{directory / manifest.rank_files[table['file'][row]]}: a fragment {what}")
+
     for row in np.flatnonzero(end > sizes[table["file"]])[:1]:
-        path, size = directory / manifest.rank_files[table["file"][row]], int(sizes[table["file"][row]])
-        raise CheckpointError(f"{path}: a fragment ends at byte {int(end[row])} of {size}")
+        fail(row, f"ends at byte {int(end[row])} of {int(sizes[table['file'][row]])}")
+    order = np.lexsort((table["offset"], table["file"]))
+    here, after = order[:-1], order[1:]
+    overlap = (table["file"][here] == table["file"][after]) & (end[here] > table["offset"][after])
+    for row in after[np.flatnonzero(overlap)[:1]]:
+        fail(row, f"at byte {int(table['offset'][row])} overlaps the one before")
 
 
 def newest_good(

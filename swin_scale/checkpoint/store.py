@@ -2,16 +2,21 @@
 
 The order is ``begin`` (rank 0), ``write_rank_file`` (all ranks, in parallel), ``commit`` (rank 0, with the gathered
 `RankFile` summaries), ``prune`` (rank 0). A kill at any moment leaves the committed checkpoints as they were and at
-most directories that start with a dot, which nobody reads and the next ``begin`` or ``prune`` removes.
+most directories that start with a dot, which nobody reads and the next ``begin`` or ``prune`` removes:
+
+- ``.step_N.tmp``: being written
+- ``.step_N.replaced``: whole, moved aside for a new one of the same step; `recover` puts it back when that never came
+- ``.step_N.old``: being removed
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from swin_scale.checkpoint.manifest import (
     RankFile,
     check_complete,
     fragment_table,
+    read_small,
 )
 from swin_scale.checkpoint.reader import Checkpoint, list_steps, step_directory
 from swin_scale.checkpoint.tensorfile import CHUNK_BYTES, hash_file, write_tensor_file
@@ -38,7 +44,7 @@ from swin_scale.files import fsync_directory, write_atomic
 logger = logging.getLogger(__name__)
 
 LATEST_NAME = "latest"
-_LEFTOVER = re.compile(r"\.step_(\d{8,})\.(tmp|old)")
+_LEFTOVER = re.compile(r"\.step_(\d{8,})\.(tmp|old|replaced)")
 
 
 def temporary_directory(root: str | os.PathLike[str], step: int) -> Path:
@@ -49,6 +55,7 @@ def temporary_directory(root: str | os.PathLike[str], step: int) -> Path:
 def begin(root: str | os.PathLike[str], step: int) -> Path:
     """Create the empty temporary directory of `step` (rank 0 only); leftovers of an earlier try are removed."""
     temporary = temporary_directory(root, step)
+    recover(root)
     try:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -131,19 +138,38 @@ def commit(
         check_complete(table, manifest, str(target))
         write_atomic(temporary / MANIFEST_NAME, manifest.encode())
         if target.exists():
-            _move_aside(target)
+            os.rename(target, _aside(root, step, "replaced"))
         os.rename(temporary, target)
         fsync_directory(root)
-        write_atomic(root / LATEST_NAME, f"{target.name}\n".encode())
     except OSError as error:
         discard(temporary)
+        recover(root)
         reason = error.strerror or error
         raise CheckpointError(f"{target} cannot be written: {reason}; free space or fix the path") from error
     except CheckpointError:
         discard(temporary)
         raise
+    try:
+        write_atomic(root / LATEST_NAME, f"{target.name}\n".encode())
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); it is only a hint", root / LATEST_NAME, error.strerror or error)
     _remove_leftovers(root, up_to=step)
     return target
+
+
+def recover(root: str | os.PathLike[str]) -> list[int]:
+    """Put back what was moved aside for a replacement that never came (rank 0 only); returns those steps."""
+    back = []
+    for path, step, what in _dot_directories(Path(root)):
+        target = step_directory(root, step)
+        if what == "replaced" and not target.exists():
+            try:
+                os.rename(path, target)
+            except OSError as error:
+                logger.warning("%s cannot be put back as %s: %s", path, target.name, error.strerror or error)
+                continue
+            back.append(step)
+    return back
 
 
 def discard(temporary: Path) -> None:
@@ -158,44 +184,98 @@ def _fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _move_aside(target: Path) -> Path:
-    """Rename a committed checkpoint, so that a kill during its removal leaves no half of it under a committed name."""
-    aside = target.with_name(f".{target.name}.old")
-    discard(aside)
-    os.rename(target, aside)
+def _aside(root: Path, step: int, what: str) -> Path:
+    """A free name that nobody takes for a checkpoint, so that no kill leaves half of one under a committed name."""
+    aside = root / f".step_{step:08d}.{what}"
+    if aside.exists():
+        discard(aside)
     return aside
+
+
+def _dot_directories(root: Path) -> list[tuple[Path, int, str]]:
+    """(path, step, tmp | old | replaced) of what saves and removals leave when they are killed."""
+    try:
+        found = [(entry, _LEFTOVER.fullmatch(entry.name)) for entry in root.iterdir()]
+    except FileNotFoundError:
+        return []
+    return sorted((entry, int(match[1]), match[2]) for entry, match in found if match)
+
+
+def _remove(path: Path, step: int) -> None:
+    """Remove a whole checkpoint of `step`: renamed first, so that half of it is never taken for one."""
+    aside = _aside(path.parent, step, "old")
+    os.rename(path, aside)
+    discard(aside)
 
 
 def _remove_leftovers(root: Path, *, up_to: int) -> None:
     """Remove what killed saves and removals left, for steps `up_to` and below; a save in progress is above."""
-    for entry in root.iterdir():
-        match = _LEFTOVER.fullmatch(entry.name)
-        if match and int(match[1]) <= up_to:
-            discard(entry)
+    recover(root)
+    for path, step, what in _dot_directories(root):
+        if step > up_to:
+            continue
+        if what != "replaced":
+            discard(path)
+        elif step_directory(root, step).exists():
+            _try(functools.partial(_remove, path, step))
 
 
-def prune(root: str | os.PathLike[str], keep: int, *, verify: bool = True) -> list[int]:
-    """Delete all but the newest `keep` checkpoints (rank 0 only); returns the deleted steps.
+def _try(action: Callable[[], object]) -> bool:
+    """Whether `action` worked; a removal that fails costs room and no checkpoint, so it is only logged."""
+    try:
+        action()
+    except OSError as error:
+        logger.warning("%s: %s", error.filename or "removal", error.strerror or error)
+        return False
+    return True
 
+
+def prune(
+    root: str | os.PathLike[str], keep: int, *, every_hours: float | None = None, verify: bool = True
+) -> list[int]:
+    """Delete all but the newest `keep` checkpoints and the pinned ones (rank 0 only); returns the deleted steps.
+
+    With `every_hours` the first checkpoint past every multiple of that many hours of training is pinned (`pinned`).
     Before anything is deleted one of the kept must verify; when none does, the newest good one among the older is kept
     too. ``verify=False`` trusts sizes and the small files and does not read the tensors back: for large runs whose
-    ranks verify their own files in parallel. Also removes what killed saves left.
+    ranks verify their own files in parallel. Also removes what killed saves left. What cannot be deleted is logged.
     """
     assert keep >= 1, keep
     root = Path(root)
+    recover(root)
     steps = list_steps(root)
     if not steps:
         return []
     kept, doomed = steps[-keep:], steps[:-keep]
+    if every_hours is not None and doomed:
+        spared = pinned(root, steps, every_hours)
+        doomed = [step for step in doomed if step not in spared]
     if doomed and not any(_is_good(root, step, verify) for step in reversed(kept)):
         saved = next((step for step in reversed(doomed) if _is_good(root, step, verify)), None)
         doomed = [step for step in doomed if step != saved]
-    for step in doomed:
-        discard(_move_aside(step_directory(root, step)))
-    if doomed:
-        fsync_directory(root)
+    removed = [step for step in doomed if _try(functools.partial(_remove, step_directory(root, step), step))]
+    if removed:
+        _try(functools.partial(fsync_directory, root))
     _remove_leftovers(root, up_to=steps[-1])
-    return doomed
+    return removed
+
+
+def pinned(root: str | os.PathLike[str], steps: Sequence[int], every_hours: float) -> set[int]:
+    """Of the committed `steps`, rising, the first past every multiple of `every_hours` of training time.
+
+    Training time is ``elapsed_s`` of ``state.json``: seconds by a clock that never jumps, summed over restarts. It
+    depends on nothing but the checkpoints, so every call finds the same ones.
+    """
+    first: dict[int, int] = {}
+    for step in steps:
+        path = step_directory(root, step) / STATE_NAME
+        try:
+            elapsed = strictjson.loads(read_small(path), path).get("elapsed_s")
+        except (CheckpointError, AttributeError):
+            continue
+        if type(elapsed) in (int, float) and elapsed >= 0:
+            first.setdefault(int(elapsed / 3600 // every_hours), step)
+    return {step for mark, step in first.items() if mark > 0}
 
 
 def _is_good(root: Path, step: int, verify: bool) -> bool:

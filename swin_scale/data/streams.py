@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from swin_scale.data.order import BatchOrder, Source, StoredOrder, rank_slots, u
 from swin_scale.data.reader import check_index
 from swin_scale.data.worker import Recipe, Skipped
 from swin_scale.errors import DataError, UserError
+from swin_scale.log import JsonLines
 from swin_scale.shards import ShardSet
 
 TIMEOUT_S = 600.0
@@ -160,6 +160,7 @@ class SkipLedger:
         self.path = Path(path)
         self.max_rate, self.tolerated = max_rate, tolerated
         self.seen = self.bad = 0
+        self._lines: JsonLines | None = None
 
     def add(self, step: int, epoch: int, seen: int, skipped: Sequence[Skipped]) -> None:
         """Record a global step: `seen` samples were due, `skipped` of all ranks were bad. DataError past the rate."""
@@ -168,8 +169,9 @@ class SkipLedger:
         if not skipped:
             return
         lines = [{"step": step, "epoch": epoch, **dataclasses.asdict(record)} for record in skipped]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        if self._lines is None:  # most runs have no bad sample, and most ranks keep no ledger
+            self._lines = JsonLines(self.path)
+        self._lines.write(lines)
         if self.bad > self.tolerated and self.bad > self.max_rate * self.seen:
             last = skipped[-1]
             raise DataError(
@@ -177,3 +179,8 @@ class SkipLedger:
                 f"last was {last.key} in {last.source}/{last.shard}: {last.reason}. All are in {self.path}; find "
                 f"the damage with `swin-scale shards verify`, or raise data.max_bad_rate"
             )
+
+    def close(self) -> None:
+        """Write what had no room before, and close the file."""
+        if self._lines is not None:
+            self._lines.close()

@@ -87,34 +87,52 @@ class MetricWriter:
 
 
 class _TensorBoard:
-    """TensorBoard's writer, opened at the first value, so that a resumed run hides the steps it repeats."""
+    """TensorBoard's writer, opened at the first value, so that a resumed run hides the steps it repeats.
+
+    When its files cannot be written it stops for the rest of the run: ``metrics.jsonl`` has everything it draws.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._writer: Any = None
-        self._missing = False
+        self._off = False
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        writer = self._open(step)
-        if writer is not None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
+        with self._stopping_when_full():
+            writer = self._open(step)
+            if writer is not None:
+                for tag, value in values.items():
+                    writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, image: torch.Tensor, step: int) -> None:
-        writer = self._open(step)
-        if writer is not None:
-            writer.add_image(tag, image, step)
+        with self._stopping_when_full():
+            writer = self._open(step)
+            if writer is not None:
+                writer.add_image(tag, image, step)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        with self._stopping_when_full():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _stopping_when_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            logger.error("%s cannot be written (%s); TensorBoard stops, metrics.jsonl goes on", self._directory, reason)
+            writer, self._writer, self._off = self._writer, None, True
+            if writer is not None:
+                with contextlib.suppress(OSError):
+                    writer.close()
 
     def _open(self, step: int) -> Any:
-        if self._writer is None and not self._missing:
+        if self._writer is None and not self._off:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                self._missing = True
+                self._off = True
                 logger.warning("no TensorBoard (%s): metrics go to metrics.jsonl only; pip install tensorboard", error)
                 return None
             self._writer = SummaryWriter(str(self._directory), purge_step=step, flush_secs=10)

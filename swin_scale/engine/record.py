@@ -136,8 +136,8 @@ class StepLog:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up `state` of a checkpoint."""
-        self.skips_in_a_row = state["skips_in_a_row"]
-        self._ledger.seen, self._ledger.bad = state["ledger"]["seen"], state["ledger"]["bad"]
+        self.skips_in_a_row = int(state["skips_in_a_row"])
+        self._ledger.seen, self._ledger.bad = int(state["ledger"]["seen"]), int(state["ledger"]["bad"])
 
     def __enter__(self) -> StepLog:
         return self
@@ -147,6 +147,7 @@ class StepLog:
     ) -> None:
         if self._progress is not None:
             self._progress.close()
+        self._ledger.close()
         self._writer.close()
 
 

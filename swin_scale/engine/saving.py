@@ -5,14 +5,17 @@ What ranks tell each other (file summaries, verdicts) goes through the store as 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from swin_scale.checkpoint import (
+    MAX_ATTEMPTS,
     Checkpoint,
+    LoadAttempts,
     Manifest,
     RankFile,
     begin,
@@ -20,6 +23,7 @@ from swin_scale.checkpoint import (
     discard,
     list_steps,
     prune,
+    recover,
     step_directory,
     temporary_directory,
     verify,
@@ -27,7 +31,7 @@ from swin_scale.checkpoint import (
 )
 from swin_scale.engine.dist import Dist
 from swin_scale.engine.engine import Engine
-from swin_scale.errors import CheckpointError
+from swin_scale.errors import CheckpointError, DataError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ def save(
     config_text: str,
     model: Mapping[str, Any],
     keep: int,
+    keep_every_hours: float | None = None,
 ) -> Path:
     """Write and commit the checkpoint of `step`; all ranks call this together and get its directory.
 
@@ -81,20 +86,30 @@ def save(
     if problem is not None:
         raise CheckpointError(problem)
     if dist.is_main:
+        LoadAttempts(root).clear(step_directory(root, step))
         # Files are verified when they are read; re-reading them here would cost a second write's time.
-        prune(root, keep, verify=False)
+        prune(root, keep, every_hours=keep_every_hours, verify=False)
     return step_directory(root, step)
 
 
 def newest_good(root: Path, dist: Dist) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files match their digests, opened on every rank, and what was wrong with newer ones.
 
-    Ranks share the reading. Raises CheckpointError when there are checkpoints and none is good.
+    Ranks share the reading. One whose last `MAX_ATTEMPTS` loads ended the run (`loading`) is passed over.
+    Raises CheckpointError when there are checkpoints and none is good.
     """
+    attempts = LoadAttempts(root)
+    if dist.is_main:
+        recover(root)
     steps = dist.broadcast_json("checkpoint steps", list_steps(root) if dist.is_main else None)
     damage: list[str] = []
     for step in reversed(steps):
         directory = step_directory(root, step)
+        crashes = dist.broadcast_json("load attempts", attempts.count(directory) if dist.is_main else None)
+        if crashes >= MAX_ATTEMPTS:
+            damage.append(f"{directory} ended the run {crashes} times in a row while it was loaded ({attempts.path})")
+            logger.error("%s", damage[-1])
+            continue
         problems = dist.gather_json("checkpoint verified", _verify_share(directory, dist.rank, dist.world))
         found = sorted({p for share in problems for p in share}) if problems is not None else None
         found = dist.broadcast_json("checkpoint verdict", found)
@@ -105,10 +120,32 @@ def newest_good(root: Path, dist: Dist) -> tuple[Checkpoint | None, list[str]]:
             logger.error("checkpoint of step %d is damaged: %s", step, "; ".join(found))
     if steps:
         raise CheckpointError(
-            f"none of the {len(steps)} checkpoints below {root} is good: {'; '.join(damage)}; restore one, or remove "
-            "them all to start from the beginning"
+            f"none of the {len(steps)} checkpoints below {root} is good: {'; '.join(damage)}; restore one, remove "
+            f"{attempts.path.name} if loads ended for another reason, or remove them all to start from the beginning"
         )
     return None, damage
+
+
+@contextlib.contextmanager
+def loading(root: Path, dist: Dist, step: int) -> Iterator[None]:
+    """The checkpoint of `step` is about to be loaded: the process's end counts against it until `load_survived`.
+
+    What ends the block with a cause of its own (wrong input, data, an interrupt) does not.
+    """
+    if dist.is_main:
+        LoadAttempts(root).begin(step_directory(root, step))
+    dist.barrier("load counted")
+    try:
+        yield
+    except (UserError, DataError, KeyboardInterrupt):
+        LoadAttempts(root).clear(step_directory(root, step))
+        raise
+
+
+def load_survived(root: Path, dist: Dist, step: int) -> None:
+    """A step was done since the checkpoint of `step` was loaded: it does not end the run."""
+    if dist.is_main:
+        LoadAttempts(root).clear(step_directory(root, step))
 
 
 def _verify_share(directory: Path, rank: int, world: int) -> list[str]:

@@ -1,0 +1,193 @@
+"""One run per directory: announce yourself, then look who else is there.
+
+Every run puts a record of itself (host, process, start time, boot) below ``lock/`` and then reads the others. It goes
+on when all of them are provably dead, and removes those; otherwise it withdraws. Of two that start together at least
+one sees the other, on any file system that shows a new file to the next reader of its directory, so two never both go
+on; a record can not be torn, since it is renamed into place.
+
+On one machine ``lock/held`` decides first: a POSIX record lock, which its process's end releases however that comes,
+and which children do not inherit. Where the file system carries such locks between machines, it decides there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from swin_scale.errors import UserError
+from swin_scale.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+Verdict = Literal["alive", "dead", "unknown"]
+MAX_RECORD_BYTES = 1 << 16
+_ANYBODY = ("", "localhost", "localhost.localdomain")
+"""Host names that many machines share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """A process, so described that another one can tell whether it still lives."""
+
+    host: str
+    pid: int
+    start: int
+    """Clock ticks between boot and the start of the process: a reused process id has another one."""
+    boot: str
+    """Identifies the running kernel; empty where there is no /proc."""
+    namespace: str
+    """Within which `pid` counts: containers on one machine have their own."""
+    job: str
+    """Slurm's job, or empty."""
+    restart: int
+    """How often Slurm requeued the job; it starts the next one when the one before has ended."""
+
+
+def this_process() -> Owner:
+    """The record of the calling process."""
+    return Owner(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        start=_start_time(os.getpid()) or 0,
+        boot=_text("/proc/sys/kernel/random/boot_id"),
+        namespace=_namespace(),
+        job=os.environ.get("SLURM_JOB_ID", ""),
+        restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    )
+
+
+def judge(other: Owner, me: Owner, *, lock_is_ours: bool | None) -> Verdict:
+    """Whether `other` still runs; `lock_is_ours` is None where the file system has no locks."""
+    same_kernel = other.boot == me.boot if me.boot else other.host == me.host
+    if same_kernel and other.namespace == me.namespace:
+        return "alive" if _start_time(other.pid) == other.start else "dead"
+    if same_kernel:
+        # Another container: its processes are out of sight, but it would hold the lock.
+        return "dead" if lock_is_ours else "unknown"
+    if other.job and other.job == me.job and other.restart < me.restart:
+        return "dead"
+    if other.host == me.host and me.host not in _ANYBODY:
+        return "dead"  # the machine was booted since
+    return "unknown"
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir` for this process; raises UserError when another run has it, or it cannot be written.
+
+    Call it on rank 0 only, which alone commits checkpoints; the ranks of a dead rank 0 end by themselves.
+    """
+    directory = run_dir / "lock"
+    me = this_process()
+    mine = directory / f"{me.host}-{me.pid}-{uuid.uuid4().hex[:8]}.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held = open(directory / "held", "ab")  # noqa: SIM115 - closed below; closing any copy of it would unlock
+    except OSError as error:
+        raise _not_writable(run_dir, error) from error
+    with held:
+        ours = _lock(held.fileno())
+        if ours is False:
+            raise UserError(f"run.dir {run_dir} is in use by {_names(directory)}; wait for it, or set another run.dir")
+        try:
+            write_atomic(mine, json.dumps(dataclasses.asdict(me)).encode())
+        except OSError as error:
+            raise _not_writable(run_dir, error) from error
+        try:
+            _look_around(run_dir, mine, me, ours)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                mine.unlink(missing_ok=True)
+
+
+def _look_around(run_dir: Path, mine: Path, me: Owner, lock_is_ours: bool | None) -> None:
+    for path in sorted(mine.parent.glob("*.json")):
+        if path == mine:
+            continue
+        other = _read(path)
+        verdict = judge(other, me, lock_is_ours=lock_is_ours) if other else "unknown"
+        if verdict == "alive":
+            assert other is not None
+            raise UserError(
+                f"run.dir {run_dir} is in use by process {other.pid} on {other.host}; wait for it, or set another "
+                "run.dir"
+            )
+        if verdict == "unknown":
+            who = f"process {other.pid} on {other.host}" if other else "a process that left no readable record"
+            raise UserError(
+                f"run.dir {run_dir} was in use by {who}, and from {me.host} it cannot be seen whether that still runs; "
+                f"if it does not, remove {path} and start again"
+            )
+        logger.info("process %d on %s, which had %s, is gone", other.pid if other else 0, path.name, run_dir)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Take the lock; false when another process has it, None where there are no locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        logger.debug("no file locks here: %s", error)
+        return None
+    return True
+
+
+def _names(directory: Path) -> str:
+    owners = [owner for path in sorted(directory.glob("*.json")) if (owner := _read(path))]
+    return " or ".join(f"process {owner.pid} on {owner.host}" for owner in owners) or "another process"
+
+
+def _read(path: Path) -> Owner | None:
+    try:
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            return None
+        fields = json.loads(path.read_bytes())
+        owner = Owner(**fields)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    kinds = {spec.name: int if spec.name in ("pid", "start", "restart") else str for spec in dataclasses.fields(Owner)}
+    return owner if all(type(getattr(owner, name)) is kind for name, kind in kinds.items()) else None
+
+
+def _start_time(pid: int) -> int | None:
+    """Start of a living process in clock ticks since boot; None when there is none (a zombie is dead)."""
+    stat = _text(f"/proc/{pid}/stat")
+    # The command's name may hold anything, parentheses too: fields are counted from its last one.
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[19]) if len(fields) > 19 and fields[0] not in "ZX" else None
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _not_writable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run.dir {run_dir} cannot be written: {error.strerror or error}; make it writable, free space, or set another "
+        "run.dir"
+    )
