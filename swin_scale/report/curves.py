@@ -113,8 +113,8 @@ def axis_for(values: Sequence[np.ndarray], *, log: bool = True, from_zero: bool 
     return Axis(low=low - room if low < 0 else max(low - room, 0.0), high=min(high + room, max(top, high)), log=False)
 
 
-def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` multiples of 1, 2, 2.5 or 5 times a power of ten, from `low` to `high`."""
+def linear_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """`count` or down to half as many multiples of 1, 2, 2.5 or 5 times a power of ten, from `low` to `high`."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)

@@ -91,8 +91,7 @@ def read_history(directory: Path) -> History:
 
 def _read_metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], int, list[Row]]:
     steps = array("q")
-    numbers = {name: array("d") for name in COLUMNS}
-    filling = [(name, values.append) for name, values in numbers.items()]
+    numbers = array("d")
     events: list[Row] = []
     for row in iter_jsonl(path):
         step = row.get("step")
@@ -103,10 +102,16 @@ def _read_metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], int, l
                 events.append({**row, "event": str(row["event"])})
             continue
         steps.append(step)
-        for name, append in filling:
-            append(number(row.get(name)))
+        values = [math.nan if value is None else value for value in map(row.get, COLUMNS)]
+        try:
+            # A million times; NaN and infinities, which JSON's reader takes for numbers, are sorted out below.
+            numbers.extend(values)
+        except (TypeError, OverflowError):
+            del numbers[len(COLUMNS) * (len(steps) - 1) :]
+            numbers.extend(map(number, values))
     kept = _last_of_each(np.array(steps, dtype=np.int64))
-    columns = {name: np.array(values)[kept] for name, values in numbers.items()}
+    table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(COLUMNS))[kept].T
+    columns = dict(zip(COLUMNS, np.clip(np.where(np.isfinite(table), table, np.nan), -_LARGEST, _LARGEST)))
     return np.array(steps, dtype=np.int64)[kept], columns, len(steps) - len(kept), events
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from swin_scale.log import Row
 from swin_scale.report.curves import Span, short
 from swin_scale.report.history import LISTED_SKIPS, History, number
-from swin_scale.report.pictures import Picture, is_remarkable, lanes, pictures
+from swin_scale.report.pictures import Picture, event_name, is_remarkable, lanes, pictures
 from swin_scale.report.style import CSS, SCRIPT
 from swin_scale.report.svg import CELLS, draw, escape
 from swin_scale.report.svg import describe as in_words
@@ -96,8 +96,7 @@ def _summary(history: History) -> str:
         facts.append(("Training time", _duration(float(seconds.sum())), _wall(history)))
         rates = columns["images_per_s"][np.isfinite(columns["images_per_s"])]
         if len(rates):
-            facts.append(("Throughput, median", f"{short(float(np.median(rates)))} images/s",
-                          f"mean {short(float(rates.mean()))}"))  # fmt: skip
+            facts.append(("Images/s, median", short(float(np.median(rates))), f"mean {short(float(rates.mean()))}"))
         waited = columns["data_wait_s"][np.isfinite(columns["data_wait_s"])]
         if len(waited) and seconds.sum() > 0:
             facts.append(("Waiting for data", f"{100 * waited.sum() / seconds.sum():.1f} %", "of the training time"))
@@ -108,8 +107,8 @@ def _summary(history: History) -> str:
     if best is not None and number(best.get("top1")) == number(best.get("top1")):
         what = f"{'' if best.get('weights', 'master') == 'master' else best.get('weights')} at step {best['step']:,}"
         facts.append(("Best top-1", f"{number(best.get('top1')):.2f} %", what.strip()))
-    facts.append(("Last checkpoint", history.checkpoints[-1] if history.checkpoints else "none",
-                  f"{len(history.checkpoints)} kept" if history.checkpoints else ""))  # fmt: skip
+    saved = [int(name.removeprefix("step_")) for name in history.checkpoints]
+    facts.append(("Last checkpoint", f"step {saved[-1]:,}" if saved else "none", f"{len(saved)} kept" if saved else ""))
     facts.append(("Skipped samples", f"{history.skips.count:,}", ""))
     updates = int((columns["skipped"] == 1).sum())
     if updates:
@@ -148,7 +147,7 @@ def _pictures(history: History) -> str:
     if any(one.kind == "curve" for picture in drawn for one in picture.series):
         notes.append("Strong lines are smoothed; the pale ones behind them hold every value of every step.")
     if marks:
-        kinds = sorted({str(row["event"]) for row in marks})
+        kinds = sorted({event_name(row) for row in marks})
         notes.append(f"Dashed upright lines: {', '.join(kinds)}.")
     note = f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""
     return f'<h2>Pictures</h2>{note}<div class="pictures">{"".join(figures)}</div>'
@@ -158,7 +157,7 @@ def _figure(picture: Picture, svg: str) -> str:
     keys = "".join(f'<span class="key c{one.colour}">{escape(one.label)}</span>' for one in picture.series)
     caption = f"<h3>{escape(picture.title)}</h3><span>{escape(picture.unit)}</span>"
     caption += keys if len(picture.series) > 1 else ""
-    words = escape(in_words(picture), 2000)
+    words = "<br>".join(escape(line) for line in in_words(picture))
     return f"<figure><figcaption>{caption}</figcaption>{svg}<p>{words}</p></figure>"
 
 
@@ -189,7 +188,7 @@ def _skips(history: History) -> str:
     note = f'<p class="note">and {rest:,} more pairs of shard and reason</p>' if rest > 0 else ""
     listed = "All of them" if skips.count <= LISTED_SKIPS else f"The first {LISTED_SKIPS}"
     return (
-        f"<h2>Skipped samples</h2>{by_shard}{note}<details><summary>{listed}</summary>{first}"
+        f'<h2>Skipped samples</h2>{by_shard}{note}<details class="more"><summary>{listed}</summary>{first}'
         '<p class="note">All are in <code>skipped.jsonl</code>.</p></details>'
     )
 
@@ -201,7 +200,7 @@ def _events(history: History) -> str:
     for row in shown:
         fields = {k: v for k, v in row.items() if k not in ("event", "step", "time", "environment")}
         moment = number(row.get("time"))
-        cells.append([f"{row['step']:,}", row["event"], _date(moment) if moment == moment else "", _fields(fields)])
+        cells.append([f"{row['step']:,}", event_name(row), _date(moment) if moment == moment else "", _fields(fields)])
     note = f"The last {len(shown)} of {len(rows):,}." if len(rows) > len(shown) else ""
     return _section("Events", ["step", "event", "when", "what"], cells, note=note)
 
@@ -209,11 +208,11 @@ def _events(history: History) -> str:
 def _config(history: History) -> str:
     if not history.config:
         return ""
-    lines, section = [], ""
+    lines, section = [], None
     for key, value, origin in history.config:
         head, _, name = key.rpartition(".")
-        if head and head != section:
-            lines.append(f'<tr class="head"><td colspan="3">{escape(head)}</td></tr>')
+        if head != section:
+            lines.append(f'<tr class="head"><td colspan="3">{escape(head or "top level")}</td></tr>')
         section = head
         kind = ' class="default"' if origin == "default" else ""
         lines.append(

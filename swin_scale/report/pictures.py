@@ -119,6 +119,11 @@ def evaluations(history: History, labels: Mapping[str, str]) -> tuple[Series, ..
     return tuple(found)
 
 
+def event_name(event: Row) -> str:
+    """What people call it: a start after the first step is a resume."""
+    return "resumed" if event["event"] == "start" and event["step"] > 0 else str(event["event"])
+
+
 def is_remarkable(event: Row) -> bool:
     """Whether an event belongs on every picture: all but what a good run is made of."""
     return event["event"] not in ORDINARY and not (event["event"] == "start" and event["step"] == 0)
@@ -128,7 +133,7 @@ def lanes(history: History) -> list[tuple[str, np.ndarray]]:
     """(name, steps) for each kind of thing that happened, in the order of its first time; skipped ones at the end."""
     found: dict[str, list[int]] = {}
     for event in history.events:
-        found.setdefault(event["event"], []).append(event["step"])
+        found.setdefault(event_name(event), []).append(event["step"])
     rows = [(name, np.array(sorted(steps), dtype=np.int64)) for name, steps in found.items()]
     updates = history.steps[history.columns["skipped"] == 1]
     rows += [("skipped update", updates)] * bool(len(updates))

@@ -21,9 +21,9 @@ header p{margin:0;color:var(--soft);flex-basis:100%;overflow-wrap:anywhere}
 .good{color:var(--good)}.bad{color:var(--bad)}.wait{color:var(--wait)}
 .cause{border-left:4px solid var(--bad);background:var(--card);border-radius:0 8px 8px 0;padding:10px 14px;
 margin:18px 0 0;overflow-wrap:anywhere}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 0}
+.facts{display:flex;flex-wrap:wrap;gap:12px;margin:20px 0 0}
 .facts div,figure,.table{background:var(--card);border:1px solid var(--rule);border-radius:10px}
-.facts div{padding:10px 14px;min-width:0}
+.facts div{flex:1 1 128px;padding:10px 14px;min-width:0}
 dt{color:var(--soft);font-size:.8rem}
 dd{margin:0;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 dd small{display:block;font-size:.8rem;font-weight:400;color:var(--soft)}
@@ -58,9 +58,10 @@ td.from{color:var(--soft)}tr.default td{color:var(--soft)}
 code{font:.92em ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 details{margin:0 0 12px}
 summary{cursor:pointer;font-size:1.15rem;font-weight:600;margin:28px 0 12px}
+.more summary{font-size:.95rem;margin:12px 0 8px}
 .note{color:var(--soft);font-size:.88rem;margin:0 0 12px}
 footer{margin-top:40px;color:var(--soft);font-size:.84rem}
-@media (max-width:520px){body{padding:18px 12px 36px;font-size:14px}.facts{grid-template-columns:1fr 1fr;gap:8px}
+@media (max-width:520px){body{padding:18px 12px 36px;font-size:14px}.facts{gap:8px}
 figure{padding:12px 8px 8px}svg text{font-size:14px}th,td{padding:6px 9px}}
 @media print{body{background:#fff}figure,.table{break-inside:avoid}}
 """

@@ -13,7 +13,7 @@ import numpy as np
 
 from swin_scale.log import Row
 from swin_scale.report.curves import Axis, Envelope, Span, axis_for, envelope, linear_ticks, short, smooth
-from swin_scale.report.pictures import Picture, Series
+from swin_scale.report.pictures import Picture, Series, event_name
 
 WIDTH, HEIGHT = 480, 232
 LEFT, RIGHT, TOP, BOTTOM = 50, 472, 8, 196
@@ -43,21 +43,25 @@ def draw(picture: Picture, span: Span, events: Sequence[Row]) -> str:
     for at, (series, cells) in enumerate(zip(picture.series, envelopes)):
         drawn = _points(series, cells, axis, span, at) if series.kind == "points" else _curve(series, cells, axis, span)
         body.append(f'<g class="c{series.colour}">{"".join(drawn)}</g>')
-    return _frame(picture.key, picture.title, describe(picture), HEIGHT, body, _hover(picture.series, envelopes, span))
+    words = "; ".join(describe(picture))
+    return _frame(picture.key, picture.title, words, HEIGHT, body, _hover(picture.series, envelopes, span))
 
 
-def describe(picture: Picture) -> str:
-    """The picture in words: last, smallest and largest value of each series with their steps."""
+def describe(picture: Picture) -> list[str]:
+    """The picture in words: last, smallest and largest value of each series, and at which step."""
     parts = []
     for series in picture.series:
         here = np.flatnonzero(np.isfinite(series.values))
         low, high = here[np.argmin(series.values[here])], here[np.argmax(series.values[here])]
 
-        def at(index: int, series: Series = series) -> str:
-            return f"{short(float(series.values[index]))} at step {int(series.steps[index]):,}"
-
-        parts.append(f"{series.label}: last {at(here[-1])}, lowest {at(low)}, highest {at(high)}")
-    return "; ".join(parts) + "."
+        values = {name: float(series.values[at]) for name, at in (("last", here[-1]), ("low", low), ("high", high))}
+        words = f"{short(values['last'])} throughout"
+        if values["low"] != values["high"]:
+            words = f"last {short(values['last'])}, "
+            words += f"lowest {short(values['low'])} (step {int(series.steps[low]):,}), "
+            words += f"highest {short(values['high'])} (step {int(series.steps[high]):,})"
+        parts.append(f"{series.label}: {words}")
+    return parts
 
 
 def lanes(rows: Sequence[tuple[str, np.ndarray]], span: Span) -> str:
@@ -111,7 +115,7 @@ def _marks(events: Sequence[Row], span: Span) -> Iterator[str]:
         x = round(LEFT + span.fraction(event["step"]) * (RIGHT - LEFT))
         if x not in seen:
             seen.add(x)
-            title = f"{event['event']} at step {event['step']:,}"
+            title = f"{event_name(event)} at step {event['step']:,}"
             yield f'<path class="mark" d="M{x} {TOP}V{BOTTOM}"><title>{escape(title)}</title></path>'
 
 

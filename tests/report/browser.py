@@ -44,17 +44,9 @@ class Browser:
         self._from, theirs_out = os.pipe()
         program = find_chromium()
         assert program is not None
+        command = [sys.executable, "-c", START, str(theirs_in), str(theirs_out), program, *FLAGS]
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                START,
-                str(theirs_in),
-                str(theirs_out),
-                program,
-                *FLAGS,
-                f"--user-data-dir={profile}",
-            ],
+            [*command, f"--user-data-dir={profile}"],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

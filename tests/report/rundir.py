@@ -60,7 +60,7 @@ def full(directory: Path, steps: int = 600) -> Path:
         if step % 100 == 0:
             for weights, plus in (("master", 0), ("ema", 3)):
                 rows.append(event("eval", step, weights=weights, top1=40 + step / 20 + plus, top5=60 + step / 20 + plus,
-                                  loss=2.0, samples=500, unusable=0))  # fmt: skip
+                                  loss=2.5 - step / 600 - plus / 10, samples=500, unusable=0))  # fmt: skip
             rows.append(event("checkpoint", step, path=f"step_{step:08d}", seconds=1.5))
         if step == 300:
             rows.append(event("start", 250, environment={"python": "3.12", "ranks": "4"}, checkpoint="step_00000250"))

@@ -63,9 +63,9 @@ def test_every_picture_of_a_full_run_is_drawn_with_words(full):
 def test_summary_and_tables_say_what_happened(full):
     _, page = full
     for text in (
-        "finished (exit 0)", "600", "50 done again after a resume", "73.00 %", "ema at step 600", "step_00000600",
-        "Skipped updates", "fell_back", "step_00000300 is damaged", "top-5, ema", "from step 250", "swinv2_tiny",
-        "command line", "000001.tar", "Dashed upright lines: fell_back, start.",
+        "finished (exit 0)", "600", "50 done again after a resume", "73.00 %", "ema at step 600", "step 600",
+        "throughout", "Skipped updates", "fell_back", "step_00000300 is damaged", "top-5, ema", "from step 250",
+        "swinv2_tiny", "command line", "000001.tar", "Dashed upright lines: fell_back, resumed.",
     ):  # fmt: skip
         assert text in page.text, text
 
