@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,14 @@ def write_tensor_file(
     metadata: Mapping[str, str] | None = None,
     *,
     chunk_bytes: int = CHUNK_BYTES,
+    pieces: Callable[[str], Iterable[memoryview]] | None = None,
 ) -> Written:
     """Write `tensors` to `path`, fsynced; extra memory is one staging buffer of `chunk_bytes`.
 
     Contiguous CPU tensors are written straight from their memory. Others (GPU, strided) pass through the staging
-    buffer. Raises CheckpointError naming the file on any I/O error (a full disk, for one); the part is then removed.
+    buffer. With `pieces`, tensors give shape and dtype only and may be on the meta device; ``pieces(name)`` then gives
+    the bytes when their turn comes, in the order of the file. Raises CheckpointError naming the file on any I/O error
+    (a full disk, for one); the part is then removed.
     """
     header, entries = _build_header(path, tensors, metadata or {})
     digest = xxhash.xxh3_128()
@@ -100,9 +103,13 @@ def write_tensor_file(
             descriptor = file.fileno()
             _write_all(descriptor, memoryview(header), digest)
             staging: list[Tensor] = []
+            end = len(header)
             for entry in entries:
-                for piece in _pieces(by_name[entry.name].detach(), chunk_bytes, staging):
+                tensor = by_name[entry.name].detach()
+                for piece in _pieces(tensor, chunk_bytes, staging) if pieces is None else pieces(entry.name):
                     _write_all(descriptor, piece, digest)
+                    end += len(piece)
+                assert end == entry.end, f"{entry.name} came with another number of bytes"
             os.fsync(descriptor)
     except OSError as error:
         path.unlink(missing_ok=True)
@@ -143,7 +150,7 @@ def _pieces(tensor: Tensor, chunk_bytes: int, staging: list[Tensor]) -> Iterator
     if tensor.numel() == 0:
         return
     if tensor.device.type == "cpu" and tensor.is_contiguous():
-        view = _bytes_of(tensor)
+        view = bytes_of(tensor)
         for start in range(0, len(view), chunk_bytes):
             yield view[start : start + chunk_bytes]
         return
@@ -155,7 +162,7 @@ def _pieces(tensor: Tensor, chunk_bytes: int, staging: list[Tensor]) -> Iterator
     for part in _rows(tensor, step):
         target = buffer[: part.numel()]
         target.copy_(part)
-        yield _bytes_of(target)
+        yield bytes_of(target)
 
 
 def _rows(tensor: Tensor, limit: int) -> Iterator[Tensor]:
@@ -169,7 +176,7 @@ def _rows(tensor: Tensor, limit: int) -> Iterator[Tensor]:
             yield from _rows(row, limit)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes; numpy has no bfloat16 or float8, so it goes through uint8."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
@@ -246,7 +253,7 @@ def read_range(descriptor: int, path: Path, offset: int, out: Tensor) -> None:
     CheckpointError instead of ending the process with SIGBUS."""
     if out.numel() == 0:
         return
-    view = _bytes_of(out)
+    view = bytes_of(out)
     while view:
         try:
             count = os.preadv(descriptor, [view[: 1 << 30]], offset)

@@ -5,7 +5,8 @@ from swin_scale.convert.infer import infer_model
 from swin_scale.convert.inspection import inspect_path
 from swin_scale.convert.load import ModelInfo, load_weights, model_from_weights
 from swin_scale.convert.report import Line, Report
-from swin_scale.convert.source import Source, read_state_dict
+from swin_scale.convert.source import open_weights, read_state_dict
+from swin_scale.convert.weights import Source, Weights
 from swin_scale.convert.write import FORMATS, convert
 
 __all__ = [
@@ -14,11 +15,13 @@ __all__ = [
     "ModelInfo",
     "Report",
     "Source",
+    "Weights",
     "convert",
     "fit",
     "infer_model",
     "inspect_path",
     "load_weights",
     "model_from_weights",
+    "open_weights",
     "read_state_dict",
 ]

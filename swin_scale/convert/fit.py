@@ -197,6 +197,13 @@ def _head_policy(head: Head, there: int | None, here: int, where: str) -> str:
     return head
 
 
+def adapted(name: str, tensor: Tensor, wanted: Tensor, where: str) -> Tensor:
+    """`tensor` in the shape and dtype of `wanted`, as `fit` makes it for the parameter `name`; same if it has them."""
+    if tensor.shape != wanted.shape:
+        tensor, _ = _resize(name, tensor, wanted, where)
+    return tensor.to(wanted.dtype)
+
+
 def _resize(name: str, tensor: Tensor, wanted: Tensor, where: str) -> tuple[Tensor, str]:
     """Bicubic resizing of Swin V1 position tables and of absolute position embeddings, as official fine-tuning does."""
     is_table = name.endswith("relative_position_bias_table") and tensor.dim() == wanted.dim() == 2

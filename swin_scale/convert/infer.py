@@ -15,24 +15,37 @@ from swin_scale.errors import CheckpointError
 from swin_scale.models import Variant, list_models, variant
 
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
+_MUST_KNOW = {
+    "img_size": "image size",
+    "window_size": "window size",
+    "pretrained_window_sizes": "windows that its coordinates are scaled by",
+}
 
 
-def infer_model(state: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, Any]]:
+def infer_model(
+    state: Mapping[str, Tensor], path: Path, known: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
     """(name, overrides) of the model that `state` fits.
 
     Everything the tensors tell is compared with the known models: family, widths, depths, heads, extra norms, window,
-    and from the official derived buffers also the image size and the pretrained windows. The first name that agrees in
-    all but the class count is taken (names that differ in drop-path rate only are the same model); failing that, the
-    nearest name with the differences as overrides. Raises CheckpointError when the image size cannot be told.
+    and from the official derived buffers also the image size and the pretrained windows; `known` holds fields stated
+    beside the tensors. The first name that agrees in all but the class count is taken (names that differ in drop-path
+    rate only are the same model); failing that, the nearest name with the differences as overrides. Raises
+    CheckpointError when the image size, or the windows of a SwinV2, cannot be told.
     """
-    facts = read_facts(state, path)
+    try:
+        facts = {**read_facts(state, path), **(known or {})}
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} is not a Swin model of a known kind: {error!r}") from error
     differences = {name: _differences(variant(name), facts) for name in list_models()}
     differences = {name: unlike for name, unlike in differences.items() if "family" not in unlike}
     nearest = min(differences, key=lambda name: len(differences[name]))
     matching = [name for name, unlike in differences.items() if unlike.keys() <= {"num_classes"}]
-    if "img_size" not in facts and len({variant(name).img_size for name in matching}) != 1:
-        near = f"; it could be {', '.join(matching)}" if matching else ""
-        raise CheckpointError(f"{path} does not tell the image size of its model{near}; name the model")
+    for field, what in _MUST_KNOW.items():
+        needed = field == "img_size" or facts["family"] == "swinv2"
+        if needed and field not in facts and len({getattr(variant(name), field) for name in matching}) != 1:
+            near = f"; it could be {', '.join(matching)}" if matching else ""
+            raise CheckpointError(f"{path} does not tell the {what} of its model{near}; name the model")
     return nearest, differences[nearest]
 
 
@@ -45,6 +58,7 @@ def _differences(v: Variant, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """Fields of `Variant` that the keys and shapes of `state` determine; raises CheckpointError when it is no Swin."""
+    state = plain_names(state)
     if "patch_embed.proj.weight" not in state or "layers.0.blocks.0.norm1.weight" not in state:
         raise CheckpointError(f"{path} is not a Swin model under official names; its first keys are {list(state)[:4]}")
     blocks: dict[int, dict[int, set[str]]] = {}
@@ -85,6 +99,12 @@ def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     return facts
 
 
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the prefixes of DistributedDataParallel and of a SimMIM encoder, and under public names."""
+    names = {key: key.removeprefix("module.").removeprefix("encoder.") for key in state}
+    return {name.replace(".rpe_mlp.", ".cpb_mlp."): state[key] for key, name in names.items()}
+
+
 def _heads(state: Mapping[str, Tensor], family: str, stage: int) -> int:
     block = f"layers.{stage}.blocks.0."
     if family == "swinv2":
@@ -100,6 +120,8 @@ def _window(state: Mapping[str, Tensor], stage: int) -> int | None:
     block = f"layers.{stage}.blocks.0."
     if (index := state.get(f"{block}attn.relative_position_index")) is not None:
         return math.isqrt(index.shape[0])
+    if (coords := state.get(f"{block}attn.relative_coords_table")) is not None:
+        return (coords.shape[1] + 1) // 2
     if (table := state.get(f"{block}attn.relative_position_bias_table")) is not None:
         return (math.isqrt(table.shape[0]) + 1) // 2
     if (weight := state.get(f"{block}spatial_mlp.weight")) is not None:
@@ -116,7 +138,8 @@ def pretrained_windows(state: Mapping[str, Tensor]) -> dict[int, int] | None:
     found: dict[int, int] = {}
     for key, table in state.items():
         match = _BLOCK.fullmatch(key)
-        if match and match[3] == "attn.relative_coords_table" and table.dim() == 4 and table.shape[1] >= 3:
+        is_table = match and match[3] == "attn.relative_coords_table" and not table.is_meta
+        if match and is_table and table.dim() == 4 and table.shape[1] >= 3:
             one = float(table[0, (table.shape[1] + 1) // 2, 0, 0])
             found[int(match[1])] = round(8 / (8**one - 1)) + 1 if one > 0 else 0
     return found or None

@@ -10,10 +10,16 @@ from typing import Any
 from swin_scale.checkpoint import Checkpoint, list_steps, step_directory
 from swin_scale.checkpoint.manifest import MANIFEST_NAME
 from swin_scale.checkpoint.tensorfile import DTYPES, read_header
-from swin_scale.convert.source import METADATA_KEY, parse_metadata, read_state_dict
+from swin_scale.convert import hub, zero_files
+from swin_scale.convert.layouts import NAMES
+from swin_scale.convert.load import describe_model
+from swin_scale.convert.source import METADATA_KEY, open_weights, parse_metadata
 from swin_scale.convert.torchfile import is_torch_file
+from swin_scale.convert.translate import as_official
 from swin_scale.errors import CheckpointError, UserError
 from swin_scale.shards import INDEX_NAME, Manifest
+
+_FORMATS = {"torch": "torch.save", "safetensors": "safetensors", "deepspeed": "DeepSpeed ZeRO checkpoint"}
 
 
 def inspect_path(path: str | Path, *, verify: bool = False) -> str:
@@ -29,7 +35,7 @@ def inspect_path(path: str | Path, *, verify: bool = False) -> str:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_file():
-        return "\n".join(_torch_file(path) if is_torch_file(path) else _safetensors(path))
+        return "\n".join(_weights(path) if is_torch_file(path) else _safetensors(path))
     if list_steps(path):
         return "\n".join(_run(path, verify))
     if list_steps(path / "checkpoints"):
@@ -38,6 +44,8 @@ def inspect_path(path: str | Path, *, verify: bool = False) -> str:
         return "\n".join(_shards(path))
     if (path / MANIFEST_NAME).exists():
         return "\n".join(_checkpoint(path, verify))
+    if (directory := zero_files.find(path)) is not None or hub.weight_file(path) is not None:
+        return "\n".join(_weights(directory or path))
     raise UserError(f"{path} is not a run, a checkpoint, a shard set or a weight file")
 
 
@@ -73,16 +81,31 @@ def _safetensors(path: Path) -> list[str]:
     if METADATA_KEY in header.metadata:
         model, step, kind = parse_metadata(path, header.metadata[METADATA_KEY])
         lines.append(f"  {kind} weights" + ("" if step is None else f" of step {step}"))
-        lines += _model(model)
+        lines += _model(model or {})
     return lines
 
 
-def _torch_file(path: Path) -> list[str]:
-    state, source = read_state_dict(path)
+def _weights(path: Path) -> list[str]:
+    """A foreign file or directory."""
+    with open_weights(path) as weights:
+        view, source = as_official(weights), weights.source
+    size = path.stat().st_size if path.is_file() else _size(path)
     lines = [
-        f"{path}: torch.save, {_bytes(path.stat().st_size)}",
-        f"  {_parameters([t.shape for t in state.values()])} (buffers included)",
+        f"{path}: {_FORMATS[source.format]}, {_bytes(size)}",
+        f"  {_parameters(tensor.shape for tensor in weights.tensors.values())} (buffers included)",
+        *(f"  {note}" for note in source.notes),
     ]
+    if source.step is not None:
+        lines.append(f"  step {source.step}")
+    if view.layout != "official":
+        lines.append(f"  names of {NAMES[view.layout]}")
+    try:
+        name, overrides = describe_model(view, None)
+        lines += _model({"name": name, "overrides": overrides, "classes": source.classes})
+    except CheckpointError as error:
+        lines.append(f"  model: unknown ({error})")
+    if source.kind != "master":
+        lines.append(f"  {source.kind} weights")
     if source.beside:
         lines.append(f"  beside the weights: {', '.join(source.beside)}")
     classes = [name for name in source.mentioned if not name.startswith(("torch.", "torch._utils", "collections."))]

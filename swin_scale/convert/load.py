@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from swin_scale import labels
 from swin_scale.convert.fit import Head, fit
-from swin_scale.convert.infer import infer_model, pretrained_windows
+from swin_scale.convert.infer import infer_model, plain_names, pretrained_windows
 from swin_scale.convert.report import Report
-from swin_scale.convert.source import Source, read_state_dict
+from swin_scale.convert.source import open_weights
+from swin_scale.convert.translate import View, as_official
+from swin_scale.convert.weights import Source
 from swin_scale.errors import CheckpointError
 from swin_scale.models import create_model, variant
 from swin_scale.models.geometry import Stage, stages
@@ -26,7 +28,7 @@ class ModelInfo:
 
     path: Path
     format: str
-    """``checkpoint``, ``safetensors`` or ``torch``."""
+    """``checkpoint``, ``safetensors``, ``torch`` or ``deepspeed``."""
     kind: str
     """``master`` or ``ema``."""
     step: int | None
@@ -42,20 +44,20 @@ def load_weights(model: nn.Module, path: str | Path, *, head: Head = "auto", kin
 
     Args:
         model: from `create_model`, not on the meta device.
-        path, kind: see `read_state_dict`.
+        path, kind: see `open_weights`.
         head: see `fit`; ``auto`` keeps an equal head, maps 21,841 classes to 1,000, and otherwise starts anew.
 
     Raises CheckpointError for unknown or missing keys and unfitting shapes, and for SwinV2 weights whose coordinates
     were scaled by another window than the model's, which would load and be wrong. The model is then unchanged.
     """
-    state, source = read_state_dict(path, kind=kind)
-    return _load(model, state, source, head)
+    with open_weights(path, kind=kind) as weights:
+        return _load(model, as_official(weights), head)
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor], source: Source, head: Head) -> Report:
-    target = model.state_dict()
+def _load(model: nn.Module, view: View, head: Head) -> Report:
+    target, source = model.state_dict(), view.weights.source
     assert not any(tensor.is_meta for tensor in target.values()), "materialise the model first (to_empty, init_weights)"
-    here, there = _model_windows(getattr(model, "stages", ())), _source_windows(state, source)
+    here, there = _model_windows(getattr(model, "stages", ())), _source_windows(view)
     for stage, window in (there or {}).items():
         if here and here.get(stage, window) != window:
             wanted = tuple(there.get(i, here[i]) for i in here) if there else ()
@@ -63,9 +65,9 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], source: Source, head: H
                 f"{source.path}: stage {stage} was trained with windows of {window}, the model scales its coordinates "
                 f"by {here[stage]}; create it with pretrained_window_sizes={wanted}"
             )
-    tensors, report = fit(state, target, where=str(source.path), into=type(model).__name__, head=head)
+    tensors, report = fit(view.weights.load(), target, where=str(source.path), into=type(model).__name__, head=head)
     model.load_state_dict(tensors, strict=True)
-    return report
+    return report.before(view.steps, view.dropped)
 
 
 def _model_windows(geometry: Any) -> dict[int, int]:
@@ -77,13 +79,17 @@ def _model_windows(geometry: Any) -> dict[int, int]:
     }
 
 
-def _source_windows(state: Mapping[str, Tensor], source: Source) -> dict[int, int] | None:
+def _source_windows(view: View) -> dict[int, int] | None:
     """The same for the model the weights were made with; None when nothing tells or it has no such coordinates."""
-    if not any(key.endswith("attn.logit_scale") for key in state):
+    source = view.weights.source
+    if not any(key.endswith("attn.logit_scale") for key in view.clues):
         return None
-    if source.model is None:
-        return pretrained_windows({key.removeprefix("encoder."): tensor for key, tensor in state.items()})
-    return _model_windows(stages(variant(source.model["name"], **source.model["overrides"])))
+    if source.model is not None:
+        return _model_windows(stages(variant(source.model["name"], **source.model["overrides"])))
+    if source.facts:
+        name, overrides = infer_model(view.clues, source.path, source.facts)
+        return _model_windows(stages(variant(name, **overrides)))
+    return pretrained_windows(plain_names(view.clues))
 
 
 def model_from_weights(
@@ -92,7 +98,7 @@ def model_from_weights(
     """The model that the weights belong to, filled, on the CPU, in training mode; and what is known about it.
 
     Args:
-        path, kind: see `read_state_dict`. Files written here know their model; official ones are recognised by their
+        path, kind: see `open_weights`. Files written here know their model; official ones are recognised by their
             keys and shapes.
         model: name to use instead, for files that do not tell.
         overrides: fields of `Variant` to change, such as ``img_size``; a SwinV2 then keeps scaling its coordinates by
@@ -100,16 +106,17 @@ def model_from_weights(
 
     Raises CheckpointError when the weights do not fit, UserError for an unknown name or override.
     """
-    state, source = read_state_dict(path, kind=kind)
-    name, base = describe_model(state, source, model)
-    values = {**base, **overrides}
-    if {"img_size", "window_size"} & overrides.keys() and not values.get("pretrained_window_sizes"):
-        trained = _model_windows(stages(variant(name, **base)))
-        if variant(name).family == "swinv2" and trained:
-            depth = len(variant(name, **values).depths)
-            values["pretrained_window_sizes"] = tuple(trained.get(stage, 0) for stage in range(depth))
-    network = create_model(name, **values)
-    _load(network, state, source, "keep")
+    with open_weights(path, kind=kind) as weights:
+        view, source = as_official(weights), weights.source
+        name, base = describe_model(view, model)
+        values = {**base, **overrides}
+        if {"img_size", "window_size"} & overrides.keys() and not values.get("pretrained_window_sizes"):
+            trained = _model_windows(stages(variant(name, **base)))
+            if variant(name).family == "swinv2" and trained:
+                depth = len(variant(name, **values).depths)
+                values["pretrained_window_sizes"] = tuple(trained.get(stage, 0) for stage in range(depth))
+        network = create_model(name, **values)
+        _load(network, view, "keep")
     classes, wnids = label_names(source, variant(name, **values).num_classes)
     info = ModelInfo(
         path=source.path,
@@ -124,19 +131,22 @@ def model_from_weights(
     return network, info
 
 
-def describe_model(state: Mapping[str, Tensor], source: Source, model: str | None) -> tuple[str, dict[str, Any]]:
-    """(name, overrides) of the model behind `state`: as asked for, as the file says, or as its shapes tell."""
+def describe_model(view: View, model: str | None) -> tuple[str, dict[str, Any]]:
+    """(name, overrides) of the model behind `view`: as asked for, as the file says, or as its shapes tell."""
+    source = view.weights.source
     if source.model is not None and model in (None, source.model["name"]):
         return source.model["name"], dict(source.model["overrides"])
     if model is not None:
-        head = state.get("head.weight")
+        head = plain_names(view.clues).get("head.weight")
         return model, {"num_classes": 0 if head is None else len(head)}
-    return infer_model(state, source.path)
+    return infer_model(view.clues, source.path, source.facts)
 
 
 def label_names(source: Source, classes: int) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
     if source.model is not None:
         names, wnids = source.model.get("classes"), source.model.get("wnids")
         return (tuple(names) if names else None, tuple(wnids) if wnids else None)
+    if source.classes is not None and len(source.classes) == classes:
+        return source.classes, None
     space = labels.by_count(classes)
     return (space.classes, space.wnids) if space else (None, None)

@@ -7,29 +7,26 @@ and evaluation paths expect them, so they are written unless left out.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swin_scale.convert.report import Line
+from swin_scale.convert.plain import replacing
 from swin_scale.errors import CheckpointError
-from swin_scale.files import fsync_directory
 from swin_scale.models import variant
 from swin_scale.models.geometry import Stage, stages
 from swin_scale.models.layers import relative_coords_table, relative_position_index
 
-SUFFIX = ".pth"
 MASKED = -100.0
 """What the official mask adds to scores between tokens of different regions."""
 
 
-def check(state: Mapping[str, Tensor], path: Path) -> None:
+def check(keys: Iterable[str], path: Path) -> None:
     """Raise CheckpointError for weights the official code has no place for."""
-    if normed := [key for key in state if ".enorm." in key]:
+    if normed := [key for key in keys if ".enorm." in key]:
         raise CheckpointError(
             f"{path}: the official code has no norms on the main branch ({len(normed)} keys such as {normed[0]}); "
             "convert to safetensors instead"
@@ -68,26 +65,13 @@ def shift_mask(stage: Stage) -> Tensor:
     return (tokens[:, :, None] != tokens[:, None, :]).float() * MASKED
 
 
-def write(
-    path: Path, state: Mapping[str, Tensor], model: Mapping[str, Any], *, buffers: bool
-) -> tuple[list[str], list[Line]]:
-    """Write the file in one rename; returns the keys written and those created."""
-    check(state, path)
-    table = OrderedDict(state)
-    created = []
-    if buffers:
-        for key, tensor in derived_buffers(model["name"], model["overrides"]).items():
-            table[key] = tensor
-            created.append(Line(None, key, "derived from sizes, expected by the official code"))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"model": table}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write of its zip as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error}; free space or fix the path") from error
-    return list(table), created
+def save_torch(path: Path, content: Any) -> None:
+    """``torch.save`` in one rename; raises CheckpointError when the file cannot be written."""
+    with replacing(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:  # what torch makes of a failed write of its zip
+            raise OSError(str(error)) from error

@@ -85,6 +85,8 @@ _HARMLESS_CALLS = {
     "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath",
     "datetime.datetime", "datetime.date", "datetime.timedelta", "types.SimpleNamespace",
 }  # fmt: skip
+_RECORDS = "deepspeed."
+"""DeepSpeed's checkpoints build its enums and loss scalers; they become placeholders like any other object."""
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> LazyTensor:
@@ -319,7 +321,7 @@ class _Machine:
         name = str(function) if isinstance(function, Global) else f"a {type(function).__name__}"
         if name in _CALLS:
             self.stack.append(_CALLS[name](*args))
-        elif name in _HARMLESS_CALLS:
+        elif name in _HARMLESS_CALLS or name.startswith(_RECORDS):
             self.stack.append(Placeholder(function, args))
         else:
             raise CheckpointError(f"{self.path} wants to call {name}; refused, nothing was run")

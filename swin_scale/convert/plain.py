@@ -1,30 +1,57 @@
-"""One safetensors file under our own (= official) names, with all that is needed to rebuild the model beside it."""
+"""Weight files written here: safetensors, streamed from the source, in one rename.
+
+Files of the format ``safetensors`` keep our own (= official) names and have all that is needed to rebuild the model in
+their metadata; those for timm and Hugging Face carry the same metadata beside their own names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from swin_scale.checkpoint import save_safetensors, strictjson
-from swin_scale.convert.report import Line
+from swin_scale.checkpoint import strictjson
+from swin_scale.checkpoint.tensorfile import Written, write_tensor_file
 from swin_scale.convert.source import METADATA_KEY
+from swin_scale.convert.weights import Weights
+from swin_scale.errors import CheckpointError
+from swin_scale.files import fsync_directory
 
-SUFFIX = ".safetensors"
 FORMAT = "swin_scale.weights/1"
 
 
-def metadata(model: Mapping[str, Any], *, kind: str, step: int | None) -> dict[str, str]:
-    """The metadata of a weight file: one JSON object under `METADATA_KEY`."""
-    body = {"format": FORMAT, "model": dict(model), "kind": kind, "step": step}
-    return {METADATA_KEY: strictjson.dumps(body).decode()}
+def write(path: Path, weights: Weights, model: Mapping[str, Any] | None) -> Written:
+    """Write `weights` to `path`, one tensor at a time; `model` (name, overrides, classes, wnids) may be unknown.
+
+    Raises CheckpointError when the file cannot be written, or the source turns out to be damaged; an older file of
+    that name then stays as it was.
+    """
+    body = {
+        "format": FORMAT,
+        "model": None if model is None else dict(model),
+        "kind": weights.source.kind,
+        "step": weights.source.step,
+    }
+    metadata = {"format": "pt", METADATA_KEY: strictjson.dumps(body).decode()}
+    with replacing(path) as temporary:
+        written = write_tensor_file(temporary, list(weights.tensors.items()), metadata, pieces=weights.pieces)
+        weights.finish()
+    return written
 
 
-def write(
-    path: Path, state: Mapping[str, Tensor], model: Mapping[str, Any], *, kind: str, step: int | None
-) -> tuple[list[str], list[Line]]:
-    """Write the file in one rename; returns the keys written and those created (none)."""
-    save_safetensors(path, state, metadata(model, kind=kind, step=step))
-    return list(state), []
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it at the end, or removed after an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}; free space or fix the path"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,20 +1,25 @@
-"""Weights from anything this project reads: checkpoint and run directories, ``.safetensors``, ``.pth``."""
+"""Weights from anything this project reads: run directories, checkpoints, DeepSpeed ZeRO, safetensors, ``.pth``."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from swin_scale.checkpoint import Checkpoint, list_steps, load_safetensors, newest_good
+from swin_scale.checkpoint import Checkpoint, list_steps, newest_good
 from swin_scale.checkpoint.manifest import MANIFEST_NAME
+from swin_scale.checkpoint.tensorfile import DTYPES, read_header, read_range
+from swin_scale.convert import hub, zero_files
 from swin_scale.convert.pickles import LazyTensor, Placeholder
 from swin_scale.convert.torchfile import TorchFile, is_torch_file
+from swin_scale.convert.weights import Source, Weights
+from swin_scale.convert.zero import ZeroWeights
 from swin_scale.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -22,86 +27,126 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "swin_scale"
 """Key of the JSON object in the metadata of safetensors files written here."""
 
-_STATE_DICTS = ("model", "state_dict")
+_MASTER = ("model", "state_dict", "module")
+_EMA = ("model_ema", "state_dict_ema", "ema")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where weights came from and what is known about the model they belong to."""
-
-    path: Path
-    format: str
-    """``checkpoint``, ``safetensors`` or ``torch``."""
-    kind: str
-    """``master`` or ``ema``."""
-    step: int | None = None
-    model: Mapping[str, Any] | None = None
-    """``name``, ``overrides``, ``classes``, ``wnids``; None for foreign files."""
-    beside: tuple[str, ...] = ()
-    """Other top-level entries of a ``.pth``: optimizer, config, ..."""
-    mentioned: tuple[str, ...] = ()
-    """Classes that a ``.pth`` mentions; none of them was imported."""
-
-
-def read_state_dict(path: str | Path, *, kind: str = "master") -> tuple[dict[str, Tensor], Source]:
-    """Weights (CPU, dtype as stored) and where they came from.
+def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
+    """Weights that are read on demand; close them, or use them in a ``with``.
 
     Args:
-        path: a run directory or its ``checkpoints`` (the newest good step is taken), a step directory, or a file
-            written by safetensors or ``torch.save`` with the weights at the top, or under ``model`` or ``state_dict``.
-        kind: ``master``, or ``ema`` where a checkpoint or one of our files holds it.
+        path: a run directory or its ``checkpoints`` (the newest good step is taken), a step directory, a directory
+            written by DeepSpeed's ``save_checkpoint`` (ZeRO 1 to 3, any number of ranks) or by Hugging Face or timm
+            (``config.json`` beside the weights), or a file written by safetensors or ``torch.save`` with the weights
+            at the top, or under ``model``, ``state_dict`` or ``module``.
+        kind: ``master``, or ``ema`` where a checkpoint or one of our files holds it, or a ``.pth`` has it under
+            ``model_ema``, ``state_dict_ema`` or ``ema``.
 
     Raises CheckpointError naming the file. No code of a file runs; there is no setting that would allow it.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            return _from_checkpoint(_open_directory(path), kind)
+            return _open_directory(path, kind)
         if is_torch_file(path):
-            return _from_torch(path, kind)
+            return TorchWeights(path, kind)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return _from_safetensors(path, kind)
+    return SafetensorsWeights(path, kind)
 
 
-def _open_directory(path: Path) -> Checkpoint:
+def read_state_dict(path: str | Path, *, kind: str = "master") -> tuple[dict[str, Tensor], Source]:
+    """Weights (CPU, dtype as stored) and where they came from; see `open_weights`."""
+    with open_weights(path, kind=kind) as weights:
+        return weights.load(), weights.source
+
+
+def _open_directory(path: Path, kind: str) -> Weights:
     if (path / MANIFEST_NAME).exists() and not list_steps(path):
-        return Checkpoint.open(path)
+        return CheckpointWeights(Checkpoint.open(path), kind)
     root = path / "checkpoints" if list_steps(path / "checkpoints") else path
     checkpoint = newest_good(root, lambda bad, what: logger.warning("%s is not used: %s", bad.name, what))
-    if checkpoint is None:
-        steps = list_steps(root)
-        what = f"its {len(steps)} checkpoints are all damaged" if steps else "it holds no checkpoint"
-        raise CheckpointError(f"{path}: {what}; give a run directory, a step_XXXXXXXX directory or a weight file")
-    return checkpoint
+    if checkpoint is not None:
+        return CheckpointWeights(checkpoint, kind)
+    steps = list_steps(root)
+    if not steps and (file := hub.weight_file(path)) is not None:
+        weights = TorchWeights(file, kind) if is_torch_file(file) else SafetensorsWeights(file, kind)
+        weights.source = hub.describe(path, weights.source)
+        return weights
+    if not steps and (directory := zero_files.find(path)) is not None:
+        _refuse_ema(directory, kind)
+        return ZeroWeights(directory)
+    what = f"its {len(steps)} checkpoints are all damaged" if steps else "it holds no checkpoint"
+    raise CheckpointError(f"{path}: {what}; give a run directory, a step_XXXXXXXX directory or a weight file")
 
 
-def _from_checkpoint(checkpoint: Checkpoint, kind: str) -> tuple[dict[str, Tensor], Source]:
-    with checkpoint:
+class CheckpointWeights(Weights):
+    """One kind of weights of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
+        self._checkpoint = checkpoint
         if kind not in checkpoint.kinds():
+            checkpoint.close()
             raise CheckpointError(f"{checkpoint.path} holds {', '.join(checkpoint.kinds())}, but no {kind}")
-        tensors = checkpoint.load_full(kind)
         model = dict(checkpoint.model) if {"name", "overrides"} <= checkpoint.model.keys() else None
-        source = Source(path=checkpoint.path, format="checkpoint", kind=kind, step=checkpoint.step, model=model)
-    return tensors, source
+        self.source = Source(path=checkpoint.path, format="checkpoint", kind=kind, step=checkpoint.step, model=model)
+        self.tensors = {
+            name: torch.empty(row["shape"], dtype=checkpoint.read(kind, name, 0, 0).dtype, device="meta")
+            for name, row in checkpoint.parameters.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self._checkpoint.read(self.source.kind, name).view(self.tensors[name].shape)
+
+    def close(self) -> None:
+        self._checkpoint.close()
 
 
-def _from_safetensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Source]:
-    tensors, metadata = load_safetensors(path)
-    if METADATA_KEY not in metadata:
-        _refuse_ema(path, kind)
-        return tensors, Source(path=path, format="safetensors", kind=kind)
-    model, step, stored = parse_metadata(path, metadata[METADATA_KEY])
-    if stored != kind and kind != "master":
-        raise CheckpointError(f"{path} holds {stored} weights, not {kind}; convert again from the checkpoint")
-    return tensors, Source(path=path, format="safetensors", kind=stored, step=step, model=model)
+class SafetensorsWeights(Weights):
+    """A safetensors file."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        header = read_header(path)
+        self._entries, self._path = header.entries, path
+        self.tensors = {
+            name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+            for name, entry in header.entries.items()
+        }
+        if METADATA_KEY not in header.metadata:
+            _refuse_ema(path, kind)
+            self.source = Source(path=path, format="safetensors", kind=kind)
+        else:
+            model, step, stored = parse_metadata(path, header.metadata[METADATA_KEY])
+            if stored != kind and kind != "master":
+                raise CheckpointError(f"{path} holds {stored} weights, not {kind}; convert again from the checkpoint")
+            self.source = Source(path=path, format="safetensors", kind=stored, step=step, model=model)
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def read(self, name: str) -> Tensor:
+        meta = self.tensors[name]
+        try:
+            out = torch.empty(meta.shape, dtype=meta.dtype)
+        except RuntimeError as error:
+            size = math.prod(meta.shape) * meta.element_size()
+            raise CheckpointError(f"{self._path}: tensor {name!r} of {size} bytes does not fit in memory") from error
+        read_range(self._descriptor, self._path, self._entries[name].begin, out)
+        return out
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
-def parse_metadata(path: Path, text: str) -> tuple[dict[str, Any], int | None, str]:
-    """(model, step, kind) from the metadata of one of our safetensors files; raises CheckpointError."""
+def parse_metadata(path: Path, text: str) -> tuple[dict[str, Any] | None, int | None, str]:
+    """(model, step, kind) from the metadata of one of our safetensors files; raises CheckpointError.
+
+    The model is None in files converted from a source whose model was not known.
+    """
     try:
         body = json.loads(text)
-        model = {
+        model = body["model"] and {
             "name": str(body["model"]["name"]),
             "overrides": dict(body["model"]["overrides"]),
             "classes": body["model"].get("classes"),
@@ -113,26 +158,57 @@ def parse_metadata(path: Path, text: str) -> tuple[dict[str, Any], int | None, s
         raise CheckpointError(f"{path}: its {METADATA_KEY} metadata is damaged: {reason}") from error
 
 
-def _from_torch(path: Path, kind: str) -> tuple[dict[str, Tensor], Source]:
-    _refuse_ema(path, kind)
-    with TorchFile(path) as file:
-        top = _table(file.content)
-        if top is None:
-            raise CheckpointError(f"{path} holds a {type(file.content).__name__}, not a table of tensors")
-        named = [_table(top[name]) for name in _STATE_DICTS if name in top]
-        table = next((table for table in named if table), top)
-        wrong = [
-            name for name, value in table.items() if not isinstance(value, LazyTensor) or not isinstance(name, str)
-        ]
-        if wrong or not table:
-            raise CheckpointError(
-                f"{path}: no table of tensors found at the top or under {' or '.join(_STATE_DICTS)}; "
-                f"at the top are {', '.join(map(str, list(top)[:8])) or 'no entries'}"
-            )
-        beside = () if table is top else tuple(str(name) for name in top if _table(top[name]) is not table)
-        tensors = {name: file.read(lazy) for name, lazy in table.items()}
-        source = Source(path=path, format="torch", kind=kind, beside=beside, mentioned=tuple(sorted(file.mentioned)))
-    return tensors, source
+class TorchWeights(Weights):
+    """The table of tensors in a file of ``torch.save``."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self._file = TorchFile(path)
+        try:
+            top = _table(self._file.content)
+            if top is None:
+                raise CheckpointError(f"{path} holds a {type(self._file.content).__name__}, not a table of tensors")
+            if {"param_shapes", "buffer_names"} <= top.keys() and top["param_shapes"] is not None:
+                raise CheckpointError(f"{path} is one file of a DeepSpeed checkpoint; give the directory it is in")
+            table, kind = _choose(top, kind, path)
+            self._lazy = table
+            self.tensors = {name: self._file.meta(lazy) for name, lazy in table.items()}
+        except CheckpointError:
+            self._file.close()
+            raise
+        self.source = Source(
+            path=path,
+            format="torch",
+            kind=kind,
+            beside=() if table is top else tuple(str(name) for name in top if _table(top[name]) is not table),
+            mentioned=tuple(sorted(self._file.mentioned)),
+        )
+
+    def read(self, name: str) -> Tensor:
+        return self._file.read(self._lazy[name])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _choose(top: dict[Any, Any], kind: str, path: Path) -> tuple[dict[str, LazyTensor], str]:
+    """The table of weights, and its kind: a file with nothing but a moving average gives that."""
+    averages, masters = ([(key, t) for key in keys if (t := _table(top.get(key)))] for keys in (_EMA, _MASTER))
+    if kind == "ema":
+        if not averages:
+            raise CheckpointError(f"{path} has no {' or '.join(_EMA)} and does not say that it is ema; leave ema out")
+        found = averages[0]
+    elif kind == "master":
+        found = next(iter([*masters, *averages]), ("", top))
+    else:
+        raise CheckpointError(f"{path} holds master or ema weights, not {kind}")
+    key, table = found
+    wrong = [name for name, value in table.items() if not isinstance(value, LazyTensor) or not isinstance(name, str)]
+    if wrong or not table:
+        raise CheckpointError(
+            f"{path}: no table of tensors found at the top or under {', '.join((*_MASTER, *_EMA))}; "
+            f"at the top are {', '.join(map(str, list(top)[:8])) or 'no entries'}"
+        )
+    return table, "ema" if key in _EMA else kind
 
 
 def _table(content: Any) -> dict[Any, Any] | None:

@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -26,6 +27,8 @@ ZIP_MAGIC = b"PK\x03\x04"
 MAX_EXPANSION = 4
 """Tied weights are read once for each name; more than this many times the file is an attack."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LOCAL_HEADER = struct.Struct("<26xHH")
+"""A zip member's own header: only the lengths of its name and of its extra field matter here."""
 
 _STORAGES: Mapping[str, torch.dtype] = {
     "FloatStorage": torch.float32,
@@ -44,6 +47,16 @@ _TYPED: Mapping[str, torch.dtype] = {
     f"torch.{name}": getattr(torch, name)
     for name in ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "uint16", "uint32")
 }
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bytes [offset, offset + size) of a file, and their CRC-32 where the file states one."""
+
+    path: Path
+    offset: int
+    size: int
+    crc: int | None
 
 
 def is_torch_file(path: Path) -> bool:
@@ -99,6 +112,10 @@ class TorchFile(AbstractContextManager["TorchFile"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         self._file.close()
 
     def _open_zip(self) -> None:
@@ -144,18 +161,8 @@ class TorchFile(AbstractContextManager["TorchFile"]):
 
     def read(self, lazy: LazyTensor) -> Tensor:
         """The tensor on the CPU, contiguous. Bounds are checked before anything is allocated."""
-        dtype = _dtype(self.path, lazy.storage) if lazy.dtype is None else _TYPED.get(lazy.dtype)
-        if dtype is None:
-            raise CheckpointError(f"{self.path}: tensors of {lazy.dtype} are not supported")
-        numbers = (lazy.offset, *_sizes(lazy.shape), *_sizes(lazy.stride))
-        if len(numbers) > 64 or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-            raise CheckpointError(f"{self.path} is damaged: a tensor has impossible sizes")
-        total = lazy.storage.numel * _dtype(self.path, lazy.storage).itemsize // dtype.itemsize
-        shape, stride = _sizes(lazy.shape), _sizes(lazy.stride)
-        last = lazy.offset + sum((size - 1) * step for size, step in zip(shape, stride))
+        shape, stride, dtype = self._geometry(lazy)
         elements = math.prod(shape)
-        if len(shape) != len(stride) or (elements and (last >= total or elements > total)):
-            raise CheckpointError(f"{self.path} is damaged: a tensor of shape {list(shape)} lies outside its storage")
         if not elements:
             return torch.empty(shape, dtype=dtype)
         self._read_bytes += elements * dtype.itemsize
@@ -167,6 +174,61 @@ class TorchFile(AbstractContextManager["TorchFile"]):
             .as_strided(shape, stride, lazy.offset)
             .clone(memory_format=torch.contiguous_format)
         )
+
+    def meta(self, lazy: LazyTensor) -> Tensor:
+        """Shape and dtype of the tensor, on the meta device, checked as by `read`."""
+        shape, _, dtype = self._geometry(lazy)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def extent(self, lazy: LazyTensor) -> tuple[Extent, int] | None:
+        """The storage of a contiguous tensor, as bytes of the file, and where in it the tensor starts (bytes).
+
+        None for a tensor that is strided or empty. The CRC of the storage is for the reader of its bytes to check.
+        """
+        shape, stride, dtype = self._geometry(lazy)
+        steps = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        if not math.prod(shape) or any(size > 1 and step != own for size, step, own in zip(shape, steps, stride)):
+            return None
+        storage = lazy.storage
+        size = storage.numel * _dtype(self.path, storage).itemsize
+        if self._archive is None:
+            offset, stored = self._offsets.get(storage.key, (0, -1))
+            crc = None
+        else:
+            offset, stored, crc = self._member(storage)
+        if stored != size or offset + size > self._size:
+            raise CheckpointError(f"{self.path} is damaged: storage {storage.key!r} does not have {size} bytes")
+        return Extent(self.path, offset, size, crc), lazy.offset * dtype.itemsize
+
+    def _member(self, storage: Storage) -> tuple[int, int, int]:
+        """Where in the file the bytes of a storage begin, how many there are, and their CRC."""
+        assert self._archive is not None
+        try:
+            info = self._archive.getinfo(f"{self._prefix}data/{storage.key}")
+        except KeyError:
+            raise CheckpointError(f"{self.path} is damaged: storage {storage.key!r} is missing") from None
+        self._file.seek(info.header_offset)
+        header = self._file.read(_LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(ZIP_MAGIC):
+            raise CheckpointError(f"{self.path} is damaged: storage {storage.key!r} is not where the zip says")
+        name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+        return info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes, info.file_size, info.CRC
+
+    def _geometry(self, lazy: LazyTensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+        """Shape, stride and dtype; raises CheckpointError unless the tensor lies inside its storage."""
+        dtype = _dtype(self.path, lazy.storage) if lazy.dtype is None else _TYPED.get(lazy.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{self.path}: tensors of {lazy.dtype} are not supported")
+        shape, stride = sizes(lazy.shape), sizes(lazy.stride)
+        numbers = (lazy.offset, *shape, *stride)
+        if len(numbers) > 64 or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise CheckpointError(f"{self.path} is damaged: a tensor has impossible sizes")
+        total = lazy.storage.numel * _dtype(self.path, lazy.storage).itemsize // dtype.itemsize
+        last = lazy.offset + sum((size - 1) * step for size, step in zip(shape, stride))
+        elements = math.prod(shape)
+        if len(shape) != len(stride) or (elements and (last >= total or elements > total)):
+            raise CheckpointError(f"{self.path} is damaged: a tensor of shape {list(shape)} lies outside its storage")
+        return shape, stride, dtype
 
     def _storage(self, storage: Storage) -> Tensor:
         if storage.key not in self._cache:
@@ -209,7 +271,8 @@ def _dtype(path: Path, storage: Storage) -> torch.dtype:
     return _STORAGES[storage.type]
 
 
-def _sizes(value: Any) -> tuple[Any, ...]:
+def sizes(value: Any) -> tuple[Any, ...]:
+    """Numbers of a ``torch.Size``, tuple or list; a None among them where it is something else."""
     args = getattr(value, "args", value)  # torch.Size is kept as a placeholder with its arguments
     if isinstance(args, tuple) and len(args) == 1 and isinstance(args[0], (tuple, list)):
         args = args[0]
