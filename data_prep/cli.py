@@ -16,8 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add ``shards`` with its verbs; each sets ``handler``, a function from the parsed arguments to the exit code."""
     shards = subparsers.add_parser(
         "shards",
-        help="write, index, verify and look at shard sets",
-        description="Images to WebDataset shards with manifest and index; re-reads and checks them.",
+        help="write, index, verify, repair and look at shard sets",
+        description="Images to WebDataset shards with manifest and index; re-reads, checks and repairs them.",
     )
     verbs = shards.add_subparsers(dest="shards_verb", metavar="VERB", required=True)
 
@@ -47,6 +47,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_workers(verify)
     verify.set_defaults(handler=_verify)
 
+    repair = verbs.add_parser("repair", help="make a damaged set usable; names what is lost", description=_REPAIR)
+    repair.add_argument("directory", type=Path)
+    repair.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
+    repair.add_argument("--no-decode", action="store_true", help="trust images that have the right digest")
+    _add_classes(repair)
+    _add_label_key(repair)
+    _add_workers(repair)
+    repair.set_defaults(handler=_repair)
+
     stats = verbs.add_parser("stats", help="counts, sizes and mixing of a shard set")
     stats.add_argument("directory", type=Path)
     stats.add_argument("--headers", type=int, default=2000, metavar="N", help="images to measure (default 2000)")
@@ -64,6 +73,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 _WRITE = """Write a shard set: images untouched, in a seeded permutation, the same bytes for any number of processes.
 Images that cannot be decoded are left out and listed in left_out.jsonl."""
 _INDEX = "Index a foreign shard set in place: its tars are read, never changed. Labels come from .cls or .json members."
+
+_REPAIR = """Keep every sample that can be vouched for, list the others in lost.jsonl, and index the set anew. A tar
+that must be written anew stays beside the new one as NAME.damaged until you remove it. After a kill, run it again."""
 
 
 def _add_classes(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +175,33 @@ def _verify(args: argparse.Namespace) -> int:
     found = f"{len(report.problems)} problems" if report.problems else "clean"
     print(f"{args.directory}: {report.samples} samples in {report.shards} shards, {report.bytes} bytes read: {found}")
     return 0 if report.clean else DataError.exit_code
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from data_prep.repair import LOST_NAME, repair_shards
+
+    classes, wnids = _read_classes(args.classes)
+    report = repair_shards(
+        args.directory,
+        classes=classes,
+        wnids=wnids,
+        label_key=args.label_key,
+        decode=not args.no_decode,
+        dry_run=args.dry_run,
+        workers=args.workers,
+        progress=_progress("repair"),
+    )
+    for title, notes in (("lost", report.lost), ("mended", report.mended)):
+        for note in notes:
+            print(f"{title}: {note}")
+    would = "would have" if args.dry_run else "has"
+    print(
+        f"{args.directory} {would} {report.samples} samples, {len(report.lost)} lost, {len(report.mended)} mended, "
+        f"{len(report.rewritten)} tars written anew"
+    )
+    if report.lost and not args.dry_run:
+        print(f"all that is lost is named in {args.directory / LOST_NAME}")
+    return 0
 
 
 def _stats(args: argparse.Namespace) -> int:

@@ -45,10 +45,7 @@ def index_shards(
     shard, for duplicate keys inside a shard, and for labels that are malformed or outside the classes.
     """
     directory = Path(directory)
-    try:
-        paths = sorted(Path(entry.path) for entry in os.scandir(directory) if _is_shard(entry.name))
-    except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; give a directory of .tar shards") from error
+    paths = shard_paths(directory)
     if not paths:
         raise UserError(f"{directory} holds no .tar file")
     earlier = _earlier_manifest(directory)
@@ -90,8 +87,13 @@ def index_shards(
     return manifest
 
 
-def _is_shard(name: str) -> bool:
-    return name.endswith(".tar") and not name.startswith(".")
+def shard_paths(directory: Path) -> list[Path]:
+    """The tars of `directory` by name, less hidden ones. Raises UserError when it cannot be listed."""
+    try:
+        names = [entry.name for entry in os.scandir(directory)]
+    except OSError as error:
+        raise UserError(f"{directory}: {error.strerror}; give a directory of .tar shards") from error
+    return [directory / name for name in sorted(names) if name.endswith(".tar") and not name.startswith(".")]
 
 
 def _earlier_manifest(directory: Path) -> Manifest | None:

@@ -44,7 +44,9 @@ class ShardWriter:
         """Append one member; returns the byte offset of its data."""
         info = tarfile.TarInfo(name)  # mtime, uid and gid 0, mode 0644 by default
         info.size = len(data)
-        header = info.tobuf(tarfile.USTAR_FORMAT)
+        # Names that ustar cannot hold: only shards from elsewhere have them.
+        long = len(name.encode("utf-8", "surrogateescape")) > tarfile.LENGTH_NAME
+        header = info.tobuf(tarfile.GNU_FORMAT if long else tarfile.USTAR_FORMAT)
         offset = self._position + len(header)
         self._write(header)
         self._write(data)
@@ -85,6 +87,8 @@ class Sample:
     key: str
     offset: int = -1
     """Byte offset of the image data; -1 without an image."""
+    start: int = -1
+    """Byte offset of the data of its first member."""
     extension: str = ""
     image: bytes = b""
     fields: dict[str, bytes] = field(default_factory=dict)
@@ -102,6 +106,8 @@ class TarReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.position = 0
+        self.pending: Sample | None = None
+        """What `samples` was gathering when it raised."""
         self._digest = xxhash.xxh3_128()
         try:
             # O_NONBLOCK: a named pipe must not make us wait for its writer.
@@ -160,21 +166,21 @@ class TarReader:
                 continue
             if kind not in (b"0", b"\0"):
                 raise self._error(name, f"is a {_KINDS.get(kind, f'member of type {kind!r}')}, not a regular file")
-            limit = MAX_IMAGE_BYTES if _split(name)[1] in IMAGE_EXTENSIONS else _MAX_LABEL
+            limit = MAX_IMAGE_BYTES if split_name(name)[1] in IMAGE_EXTENSIONS else _MAX_LABEL
             offset = self.position
             yield Member(name, offset, self._data(name, size, limit))
 
     def samples(self) -> Iterator[Sample]:
         """Members grouped by key as WebDataset groups them: a run of equal keys, extension from the first dot on."""
-        sample: Sample | None = None
+        sample = self.pending = None
         for member in self.members():
-            key, extension = _split(member.name)
+            key, extension = split_name(member.name)
             if not key:
                 continue
             if sample is None or sample.key != key:
                 if sample is not None:
                     yield _finished(sample)
-                sample = Sample(key=key)
+                sample = self.pending = Sample(key=key, start=member.offset)
             if extension in IMAGE_EXTENSIONS:
                 if sample.extension:
                     sample.faults.append(f"has two images, .{sample.extension} and .{extension}")
@@ -184,8 +190,30 @@ class TarReader:
                 sample.faults.append(f"has two .{extension} members")
             else:
                 sample.fields[extension] = member.data
+        self.pending = None
         if sample is not None:
             yield _finished(sample)
+
+    def resync(self, start: int) -> bool:
+        """Go to the first block from byte `start` on that is a tar header; False when there is none.
+
+        `members` and `samples` may then be called again; `digest` is no longer that of the file.
+        """
+        for position in range(-(-start // BLOCK) * BLOCK, self.size, BLOCK):
+            header = self.pread(position, BLOCK)
+            if header[257:262] == b"ustar" and _is_header(header):
+                self._file.seek(position)
+                self.position = position
+                return True
+        return False
+
+    def member_name(self, offset: int) -> str | None:
+        """Name of the member whose data begin at `offset`, from its own header; None without a sound one."""
+        header = self.pread(offset - BLOCK, BLOCK) if offset >= BLOCK else b""
+        if len(header) < BLOCK or not _is_header(header):
+            return None
+        name = self._parse(header)[0]
+        return name if _stays_inside(name) else None
 
     def _read(self, size: int) -> bytes:
         try:
@@ -214,8 +242,7 @@ class TarReader:
             size = _octal(header[124:136])
         except ValueError:
             raise self._error(where, "is not a tar header") from None
-        # The checksum counts its own field as eight spaces.
-        if stated != sum(header) - sum(header[148:156]) + 8 * 0x20:
+        if stated != _checksum(header):
             raise self._error(where, "is damaged: its checksum does not match")
         name = _text(header[:100].split(b"\0")[0])
         if header[257:263] == b"ustar\0" and header[345]:
@@ -240,7 +267,7 @@ class TarReader:
         return path
 
     def _check_name(self, name: str) -> None:
-        if name.startswith("/") or "\0" in name or "\\" in name or ".." in name.split("/"):
+        if not _stays_inside(name):
             raise self._error(name, "points outside the shard")
 
     def _error(self, member: str, what: str) -> DataError:
@@ -279,11 +306,29 @@ def _finished(sample: Sample) -> Sample:
     return sample
 
 
-def _split(name: str) -> tuple[str, str]:
+def _stays_inside(name: str) -> bool:
+    """Whether a member would be extracted below the target folder, on every system."""
+    return not (name.startswith("/") or "\0" in name or "\\" in name or ".." in name.split("/"))
+
+
+def split_name(name: str) -> tuple[str, str]:
     """(key, lower-case extension) by WebDataset's rule; an empty key for names it passes over."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
+
+
+def _checksum(header: bytes) -> int:
+    """Of a header block; its own field counts as eight spaces."""
+    return sum(header) - sum(header[148:156]) + 8 * 0x20
+
+
+def _is_header(header: bytes) -> bool:
+    """Whether a block is a tar header: its checksum is right and its size a number that is not negative."""
+    try:
+        return _octal(header[148:156]) == _checksum(header) and _octal(header[124:136]) >= 0
+    except ValueError:
+        return False
 
 
 def _octal(raw: bytes) -> int:

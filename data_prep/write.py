@@ -122,7 +122,7 @@ def write_shards(
     settings = {"shard_bytes": shard_bytes, "samples_per_shard": samples_per_shard, "seed": seed}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out):
             _claim(
                 out,
                 {
@@ -165,7 +165,7 @@ def _check_sizes(shard_bytes: int | None, samples_per_shard: int | None, seed: i
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold the folder against a second writer; the kernel lets go when the process ends, however it ends."""
     with open(out / ".lock", "wb") as file:
         try:
