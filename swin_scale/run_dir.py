@@ -21,6 +21,8 @@ def take(run_dir: Path, stack: contextlib.ExitStack) -> str | None:
     try:
         stack.enter_context(claim(run_dir))
         (run_dir / "checkpoints").mkdir(exist_ok=True)
+        for leftover in run_dir.glob(".*.tmp"):  # of a kill while config.yaml was written
+            leftover.unlink(missing_ok=True)
     except UserError as error:
         return str(error)
     except OSError as error:

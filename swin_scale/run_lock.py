@@ -20,7 +20,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,11 +108,12 @@ def claim(run_dir: Path) -> Iterator[None]:
             _look_around(run_dir, mine, me, ours)
             yield
         finally:
-            with contextlib.suppress(OSError):
-                mine.unlink(missing_ok=True)
+            _remove([mine])
 
 
 def _look_around(run_dir: Path, mine: Path, me: Owner, lock_is_ours: bool | None) -> None:
+    if lock_is_ours:  # nobody else is about to write a record here
+        _remove(mine.parent.glob(".*.tmp"))
     for path in sorted(mine.parent.glob("*.json")):
         if path == mine:
             continue
@@ -131,6 +132,11 @@ def _look_around(run_dir: Path, mine: Path, me: Owner, lock_is_ours: bool | None
                 f"if it does not, remove {path} and start again"
             )
         logger.info("process %d on %s, which had %s, is gone", other.pid if other else 0, path.name, run_dir)
+        _remove([path])
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from swin_scale.checkpoint import list_steps
 from swin_scale.log import read_events, read_metrics
+from tests.spawn import free_port, torchrun_environment
 
 SLOW_DISK = Path(__file__).parent / "slow_disk"
+INJECTED = Path(__file__).parent / "injected"
 NANO = {
     "augment.auto_augment": "none",
     "augment.mixup": 0.0,
@@ -51,16 +54,43 @@ def command(
     return [sys.executable, "-m", "swin_scale", *start, str(config), *(f"{k}={v}" for k, v in values.items()), *flags]
 
 
-def environment() -> dict[str, str]:
-    """This process's, less what an engine built in it has left there for DeepSpeed."""
-    return {**{k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}, "OMP_NUM_THREADS": "1"}
+def environment(fault: str = "") -> dict[str, str]:
+    """This process's, less what an engine built in it has left there for DeepSpeed; `fault`: see tests/injected."""
+    kept = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
+    injected = {"FAULT": fault, "PYTHONPATH": str(INJECTED)} if fault else {}
+    return {**kept, "OMP_NUM_THREADS": "1", **injected}
 
 
-def run(run_dir: Path, train: Path, *, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
+def run(
+    run_dir: Path, train: Path, *, timeout: float = 240, fault: str = "", **options: object
+) -> subprocess.CompletedProcess[str]:
     """Run to the end."""
     return subprocess.run(
-        command(run_dir, train, **options), env=environment(), capture_output=True, text=True, timeout=timeout
+        command(run_dir, train, **options), env=environment(fault), capture_output=True, text=True, timeout=timeout
     )
+
+
+def start(run_dir: Path, train: Path, *, fault: str = "", **options: object) -> subprocess.Popen[str]:
+    """Start a run and leave it to the caller; its output goes to a file beside the run directory."""
+    with open(run_dir.parent / f"{run_dir.name}.log", "ab") as log:
+        return subprocess.Popen(
+            command(run_dir, train, **options), env=environment(fault), stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def run_nodes(run_dir: Path, train: Path, nodes: Sequence[int], *, fault: str = "", **options: object) -> list[int]:
+    """Run to the end as a cluster would start it, with `nodes` ranks on each node; the exit code of every rank."""
+    argv = command(run_dir, train, nproc=1, **options)
+    port = free_port()
+    processes = []
+    for local in nodes:
+        for local_rank in range(local):
+            variables = torchrun_environment(len(processes), sum(nodes), port)
+            variables.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local), GLOO_SOCKET_IFNAME="lo")
+            with open(run_dir.parent / f"{run_dir.name}.{len(processes)}.log", "ab") as log:
+                env = {**environment(fault), **variables}
+                processes.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log))
+    return [process.wait(timeout=240) for process in processes]
 
 
 def run_and_kill(run_dir: Path, train: Path, rng: random.Random, *, when: str, **options: object) -> bool:

@@ -44,6 +44,7 @@ from swin_scale.files import fsync_directory, write_atomic
 logger = logging.getLogger(__name__)
 
 LATEST_NAME = "latest"
+_TEMPORARY_FILE = re.compile(r"\.(latest|load_attempts\.json)\.\d+\.tmp")
 _LEFTOVER = re.compile(r"\.step_(\d{8,})\.(tmp|old|replaced)")
 
 
@@ -218,6 +219,9 @@ def _remove_leftovers(root: Path, *, up_to: int) -> None:
             discard(path)
         elif step_directory(root, step).exists():
             _try(functools.partial(_remove, path, step))
+    for path in root.iterdir():
+        if _TEMPORARY_FILE.fullmatch(path.name):
+            _try(path.unlink)
 
 
 def _try(action: Callable[[], object]) -> bool:

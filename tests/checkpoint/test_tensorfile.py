@@ -33,7 +33,7 @@ def same(first, second):
     for name, tensor in first.items():
         other = second[name]
         assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
-        assert bytes(tensorfile._bytes_of(tensor.contiguous())) == bytes(tensorfile._bytes_of(other.contiguous())), name
+        assert bytes(tensorfile.bytes_of(tensor.contiguous())) == bytes(tensorfile.bytes_of(other.contiguous())), name
 
 
 def test_round_trip_and_stock_library_both_ways(tmp_path):
