@@ -1,6 +1,6 @@
 """Static metadata; imports nothing but setuptools. Versions are pinned in constraints.txt."""
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 setup(
     name="swin_scale",
@@ -9,6 +9,15 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["swin_scale*", "launcher*", "data_prep*"]),
+    # The same pixels sooner: without a compiler or on another processor Pillow resizes.
+    ext_modules=[
+        Extension(
+            "swin_scale.data._resample",
+            ["swin_scale/data/_resample.c"],
+            extra_compile_args=["-O3", "-ffp-contract=off"],
+            optional=True,
+        )
+    ],
     package_data={"swin_scale": ["labels/*.tsv", "labels/*.txt"]},
     install_requires=[
         "torch>=2.10",

@@ -82,6 +82,7 @@ def compare(
     inner: int = 1,
     device: torch.device | None = None,
     control: str | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> Comparison:
     """Time the first of `candidates` against each other one, paired as the module says.
 
@@ -91,6 +92,7 @@ def compare(
         inner: calls per measurement, whose mean is one time; above 1 where a call is too short to time.
         device: what the calls run on; a CUDA device is timed by its events, everything else by the wall clock.
         control: a candidate for even rounds only.
+        clock: what is read (s) before and after a call, such as `time.process_time`; default: the wall clock.
     """
     first, *others = candidates
     for call in candidates.values():
@@ -100,7 +102,7 @@ def compare(
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
 
     def measure(name: str) -> float:
-        seconds[name].append(seconds_of(candidates[name], inner, device))
+        seconds[name].append(seconds_of(candidates[name], inner, device, clock))
         return seconds[name][-1]
 
     was_enabled = gc.isenabled()
@@ -120,8 +122,13 @@ def compare(
     return Comparison(seconds=seconds, pairs=pairs)
 
 
-def seconds_of(call: Callable[[], object], inner: int = 1, device: torch.device | None = None) -> float:
-    """Mean seconds of `inner` calls on `device`."""
+def seconds_of(
+    call: Callable[[], object],
+    inner: int = 1,
+    device: torch.device | None = None,
+    clock: Callable[[], float] | None = None,
+) -> float:
+    """Mean seconds of `inner` calls on `device`, by `clock` (default: the wall clock) unless that is a GPU."""
     if device is not None and device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -131,10 +138,11 @@ def seconds_of(call: Callable[[], object], inner: int = 1, device: torch.device 
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1e3 / inner
-    began = time.perf_counter()
+    now = clock or time.perf_counter
+    began = now()
     for _ in range(inner):
         call()
-    return (time.perf_counter() - began) / inner
+    return (now() - began) / inner
 
 
 def ratio_of(pairs: Sequence[tuple[float, float]]) -> Ratio:

@@ -15,13 +15,12 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from swin_scale.config import Augment
 from swin_scale.data.randaugment import RandAugment
+from swin_scale.data.resample import Box, crop_resize
 from swin_scale.errors import UserError
 
 SMALL = 32
 """Up to this size (pixels) images are padded and cropped, not resized, as in the official CIFAR-like path."""
 PADDING = 4
-Box = tuple[int, int, int, int]
-"""(top, left, height, width) in pixels."""
 
 
 def resized_crop_box(
@@ -126,24 +125,38 @@ class TrainTransform:
         """Boxes per image that `__call__` may return."""
         return self.config.recount if self.config.reprob > 0 else 0
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> tuple[np.ndarray, list[Box]]:
-        """image: RGB of any size. Returns (height, width, 3) uint8 and at most `boxes` boxes to erase."""
-        config, height, width = self.config, self.height, self.width
-        if _pads(config, height, width):
+    def crop_box(self, width: int, height: int, rng: random.Random) -> Box | None:
+        """The region that `__call__` would draw first for an image of this size; None where it takes all of it."""
+        if _pads(self.config, self.height, self.width):
+            return None
+        return resized_crop_box(width, height, self.config.crop_scale, self.config.crop_ratio, rng)
+
+    def __call__(self, image: Image.Image, rng: random.Random, box: Box | None = None) -> tuple[np.ndarray, list[Box]]:
+        """image: RGB of any size; rows below `box` may be missing from it where the caller drew that by `crop_box`.
+
+        Returns (height, width, 3) uint8 and at most `boxes` boxes to erase.
+        """
+        height, width = self.height, self.width
+        box = box or self.crop_box(image.width, image.height, rng)
+        if box is None:
             image = pad_to(ImageOps.expand(image, PADDING), width, height)
             top, left = rng.randint(0, image.height - height), rng.randint(0, image.width - width)
             image = image.crop((left, top, left + width, top + height))
         else:
-            top, left, h, w = resized_crop_box(image.width, image.height, config.crop_scale, config.crop_ratio, rng)
             # Cropping first, not `resize(box=...)`, whose filter would look over the edge of the crop.
-            image = image.crop((left, top, left + w, top + h)).resize((width, height), self.resample)
+            image = Image.fromarray(crop_resize(image, box, (width, height), self.resample))
+        return self.vary(image, rng)
+
+    def vary(self, image: Image.Image, rng: random.Random) -> tuple[np.ndarray, list[Box]]:
+        """All that follows the crop; image: RGB of height x width. Returns what `__call__` does."""
+        config = self.config
         if config.hflip > 0 and rng.random() < config.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.rand_augment is not None:
             image = self.rand_augment(image, rng)
         elif config.color_jitter > 0:
             image = color_jitter(image, config.color_jitter, rng)
-        boxes = erase_boxes(height, width, config.reprob, config.recount, rng) if config.reprob > 0 else []
+        boxes = erase_boxes(self.height, self.width, config.reprob, config.recount, rng) if config.reprob > 0 else []
         return np.asarray(image), boxes
 
 
@@ -164,12 +177,14 @@ class EvalTransform:
         resample = Image.Resampling[config.interpolation.upper()]
         return cls(height, width, config.eval_crop, _pads(config, height, width), resample)
 
-    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> tuple[np.ndarray, list[Box]]:
-        """image: RGB of any size. Returns (height, width, 3) uint8 and no boxes; `rng` is not used."""
+    def __call__(
+        self, image: Image.Image, rng: random.Random | None = None, box: Box | None = None
+    ) -> tuple[np.ndarray, list[Box]]:
+        """image: RGB of any size. Returns (height, width, 3) uint8 and no boxes; the rest is not used."""
         if self.pad:
             return np.asarray(centre_crop(image, self.width, self.height)), []
         if not self.crop:
-            return np.asarray(image.resize((self.width, self.height), self.resample)), []
+            return self._resized(image, (self.width, self.height)), []
         tall, wide = int(256 / 224 * self.height), int(256 / 224 * self.width)
         if tall == wide:
             # torchvision's rule, truncation included: the shorter side exact, the longer one floored.
@@ -180,5 +195,11 @@ class EvalTransform:
             # Rectangular inputs are covered: neither side falls below its share.
             ratio = max(wide / image.width, tall / image.height)
             size = (max(wide, round(image.width * ratio)), max(tall, round(image.height * ratio)))
-        image = image if image.size == size else image.resize(size, self.resample)
+        image = image if image.size == size else Image.fromarray(self._resized(image, size))
         return np.asarray(centre_crop(image, self.width, self.height)), []
+
+    def crop_box(self, width: int, height: int, rng: random.Random) -> None:
+        """The fixed view looks at the whole image."""
+
+    def _resized(self, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        return crop_resize(image, (0, 0, image.height, image.width), size, self.resample)

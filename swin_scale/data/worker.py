@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from swin_scale.data.augment import EvalTransform, TrainTransform
-from swin_scale.data.decode import decode_rgb
+from swin_scale.data.decode import decode_rgb, jpeg_size
 from swin_scale.data.keyed import key64, scalar_rng
 from swin_scale.data.order import as_bad
 from swin_scale.data.reader import BadSample, ImageReader
@@ -105,16 +105,20 @@ class Producer:
             if sample_id < 0:
                 out[slot] = 0
                 continue
+            key = (seed, chunk.epoch, sample_id, copy)
+            rng = scalar_rng("augment", *key)
             try:
                 encoded = self.reader.read(sample_id)
-                image = decode_rgb(encoded.data, max_pixels=self.recipe.max_pixels)
+                size = jpeg_size(encoded.data)
+                box = transform.crop_box(*size, rng) if size else None
+                rows = box[0] + box[2] if box else None
+                image = decode_rgb(encoded.data, max_pixels=self.recipe.max_pixels, rows=rows)
             except BadSample as error:
                 out[slot] = 0
                 result.ids[slot] = as_bad(sample_id)
                 result.skipped.append(Skipped(sample_id, *self.reader.describe(sample_id), str(error)))
                 continue
-            key = (seed, chunk.epoch, sample_id, copy)
-            pixels, boxes = transform(image, scalar_rng("augment", *key))
+            pixels, boxes = transform(image, rng, box)
             out[slot] = pixels.transpose(2, 0, 1)
             result.labels[slot] = encoded.label
             result.boxes[slot, : len(boxes)] = np.asarray(boxes, np.int16).reshape(-1, 4)

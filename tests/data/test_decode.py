@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from swin_scale.data.decode import decode_rgb
+from swin_scale.data.decode import decode_rgb, jpeg_size
 from swin_scale.data.reader import BadSample
 from tests.data.conftest import encode, photo
 
@@ -94,3 +94,65 @@ def test_random_damage_is_an_image_or_a_bad_sample():
                 decode_rgb(bytes(data), max_pixels=1_000_000)
             except BadSample:
                 continue
+
+
+JPEGS = {
+    "4:2:0": {"subsampling": "4:2:0"},
+    "4:2:2": {"subsampling": "4:2:2"},
+    "4:4:4": {"subsampling": "4:4:4"},
+    "4:1:1": {"subsampling": "4:1:1"},
+    "progressive": {"progressive": True},
+    "restart": {"restart_marker_rows": 1},
+    "restart, progressive": {"restart_marker_blocks": 3, "progressive": True},
+    "grey": {"mode": "L"},
+    "CMYK": {"mode": "CMYK"},
+    "EXIF and ICC": {"exif": b"Exif\0\0" + bytes(500), "icc_profile": bytes(range(256)) * 300, "comment": b"x" * 99},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_upper_rows_alone_are_those_of_the_whole(kind):
+    options = dict(JPEGS[kind])
+    data = encode(photo(4, 100, 83).convert(options.pop("mode", "RGB")), quality=80, **options)
+    assert jpeg_size(data) == (100, 83)
+    whole = pixels(data)
+    for rows in (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 64, 80, 81, 82, 83):
+        image = decode_rgb(data, rows=rows)
+        assert image.width == 100 and rows <= image.height <= min(rows + 2, 83)
+        assert (np.asarray(image)[:rows] == whole[:rows]).all(), rows
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(photo(5), "PNG"),
+        encode(photo(5))[:-2],
+        encode(photo(5)) + b"\0",
+        b"",
+        b"\xff\xd8\xff\xd9",
+        b"\xff\xd8\xff\xe0\xff\xff\xff\xd9",
+        b"\xff\xd8\xff\xe0\x00\x00" + encode(photo(5))[2:],
+        encode(photo(5)).replace(b"\xff\xc0", b"\xff\xc3"),
+    ],
+)
+def test_all_else_is_decoded_whole(data):
+    assert jpeg_size(data) is None
+    try:
+        assert decode_rgb(data, rows=3).size == (48, 40)
+    except BadSample:
+        with pytest.raises(BadSample):
+            decode_rgb(data)
+
+
+def test_a_cut_file_is_bad_whatever_part_of_it_is_needed():
+    data = encode(photo(6, 200, 200), quality=95)
+    with pytest.raises(BadSample, match="damaged JPEG"):
+        decode_rgb(data[:-300], rows=1)
+
+
+def test_a_huge_claim_is_refused_though_few_rows_are_needed():
+    data = bytearray(WHOLE)
+    at = data.index(b"\xff\xc0") + 5
+    struct.pack_into(">HH", data, at, 20_000, 20_000)
+    with pytest.raises(BadSample, match=r"20000x20000 pixels|too large"):
+        decode_rgb(bytes(data), rows=1)
