@@ -127,9 +127,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def relative_position_index(window_size: Pair, device: torch.device | None = None) -> Tensor:
     """(N, N) int64: row of the table of relative offsets, ((2h-1) * (2w-1) rows), for each pair of tokens."""
     h, w = window_size
-    rows, cols = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    # On the CPU wherever it is wanted: arithmetic on the meta device imports torch's compiler, seconds in each process.
+    rows, cols = torch.meshgrid(torch.arange(h, device="cpu"), torch.arange(w, device="cpu"), indexing="ij")
     rows, cols = rows.flatten(), cols.flatten()
-    return (rows[:, None] - rows + h - 1) * (2 * w - 1) + cols[:, None] - cols + w - 1
+    index = (rows[:, None] - rows + h - 1) * (2 * w - 1) + cols[:, None] - cols + w - 1
+    return index.to(torch.get_default_device() if device is None else device)
 
 
 def relative_coords_table(window_size: Pair, pretrained: int = 0, device: torch.device | None = None) -> Tensor:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import torch
 
 from swin_scale.models import layers
@@ -23,3 +26,12 @@ def test_residual_with_drop_path_zero_or_in_eval_is_the_sum():
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     assert torch.equal(layers.residual(x, y, 0.0, True), x + y)
     assert torch.equal(layers.residual(x, y, 0.9, False), x + y)
+
+
+def test_a_model_on_the_meta_device_is_built_without_torchs_compiler():
+    """Its import takes seconds, in every process that only wants names and shapes."""
+    program = "import sys, torch\nfrom swin_scale.models import create_model\n"
+    program += f"with torch.device('meta'): create_model({'swinv2_nano_patch4_window4_32'!r})\n"
+    program += "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
