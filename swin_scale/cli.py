@@ -71,10 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     predict.set_defaults(handler=_predict)
 
     convert = verbs.add_parser("convert", help="any known checkpoint to one weight file, with a receipt")
-    convert.add_argument("source", help="run directory, checkpoint directory, .pth or .safetensors")
-    convert.add_argument("destination", help="file to write")
-    convert.add_argument("--to", required=True, choices=("official", "safetensors"), help="format to write")
+    convert.add_argument("source", help="run, checkpoint, DeepSpeed ZeRO or Hugging Face directory, or a weight file")
+    convert.add_argument("destination", help="file to write (for hf a directory)")
+    # Not argparse's choices: the table of formats needs torch, and `convert` checks the name.
+    formats = "safetensors, official, timm, hf, torchvision, mm"
+    convert.add_argument("--to", required=True, metavar="FORMAT", help=f"format to write: {formats}")
     convert.add_argument("--ema", action="store_true", help="take the moving average of the weights")
+    convert.add_argument("--model", metavar="NAME", help="the model, where the source does not tell")
     convert.set_defaults(handler=_convert)
 
     inspect = verbs.add_parser("inspect", help="what is in a checkpoint, a weight file, a shard set, a config")
@@ -217,7 +220,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from swin_scale.convert import convert
 
     kind = "ema" if arguments.ema else "master"
-    print(convert(arguments.source, arguments.destination, to=arguments.to, kind=kind))
+    print(convert(arguments.source, arguments.destination, to=arguments.to, kind=kind, model=arguments.model))
     return 0
 
 

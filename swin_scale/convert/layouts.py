@@ -242,7 +242,9 @@ def timm_model(name: str, v: Variant) -> tuple[str, dict[str, Any]]:
     for field in ("img_size", "window_size", "embed_dim", "depths", "num_heads", "patch_size", "in_chans", "mlp_ratio",
                   "qkv_bias", "pretrained_window_sizes"):  # fmt: skip
         if getattr(v, field) != getattr(known, field):
-            arguments[field] = getattr(v, field) or (0,) * len(v.depths)
+            arguments[field] = getattr(v, field)
+    if "pretrained_window_sizes" in arguments:
+        arguments["pretrained_window_sizes"] = v.pretrained_window_sizes or (0,) * len(v.depths)
     return entry, arguments
 
 

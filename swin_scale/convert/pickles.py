@@ -108,10 +108,18 @@ def _mapping(*args: Any) -> dict[Any, Any]:
     return table
 
 
+def _tensor_of_type(function: Any, _type: Any, args: Any, *_: Any) -> Any:
+    """What torch writes for a tensor of a subclass or with attributes: how to make the tensor, and both of these."""
+    if str(function) not in _CALLS or not isinstance(function, Global) or not isinstance(args, tuple):
+        raise ValueError(f"a tensor is made by {str(function)[:80]}")
+    return _CALLS[str(function)](*args)
+
+
 _CALLS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._tensor._rebuild_from_type_v2": _tensor_of_type,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "collections.OrderedDict": _mapping,

@@ -55,14 +55,15 @@ class Report:
         step_of = {source: step for step in steps for source in step.sources}
         return self._through(lambda line: _to(line, step_of.get(line.target or "")), ())
 
-    def _through(self, replace: Callable[[Line], tuple[list[Line], bool]], dropped: Iterable[Line]) -> Report:
+    def _through(self, change: Callable[[Line], tuple[list[Line], bool]], dropped: Iterable[Line]) -> Report:
         lists: dict[str, dict[Line, None]] = {name: {} for name in ("copied", "converted", "dropped", "created")}
         lists["dropped"].update(dict.fromkeys(dropped))
         for name in lists:
             for line in getattr(self, name):
-                lines, changed = replace(line)
+                lines, changed = change(line)
                 lists["converted" if changed and name == "copied" else name].update(dict.fromkeys(lines))
-        return dataclasses.replace(self, **{name: tuple(lines) for name, lines in lists.items()})
+        copied, converted, dropped, created = (tuple(lines) for lines in lists.values())
+        return dataclasses.replace(self, copied=copied, converted=converted, dropped=dropped, created=created)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

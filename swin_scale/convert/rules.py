@@ -68,7 +68,8 @@ class Layout:
         Keys that no rule knows, and parts of a group that is not complete, keep their names for `fit` to complain of.
         """
         known: dict[str, str] = {}
-        dropped, steps, used = [], [], set()
+        used: set[str] = set()
+        dropped, steps = [], []
         for key in keys:
             if reason := next((reason for pattern, reason in self.dropped if re.search(pattern, key)), ""):
                 dropped.append(Line(key, None, reason))
@@ -94,7 +95,8 @@ class Layout:
     def outbound(self, keys: Collection[str]) -> tuple[list[Step], list[str]]:
         """Steps from official to foreign keys, and the keys that the format has no place for."""
         last = max((int(key.split(".")[1]) for key in keys if key.startswith("layers.")), default=0)
-        steps, homeless, used = [], [], set()
+        used: set[str] = set()
+        steps, homeless = [], []
         for key in keys:
             if key in used:
                 continue

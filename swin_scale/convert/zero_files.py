@@ -184,8 +184,9 @@ class ZeroFiles:
 
     def _partition(self, path: Path) -> Partition:
         with self._open(path) as file:
-            state = _table(file.content, path, "the file").get("optimizer_state_dict")
-            key = next((key for key in _PARTITIONS if isinstance(state, dict) and key in state), None)
+            content = _table(file.content, path, "the file").get("optimizer_state_dict")
+            state = _table(content, path, "optimizer_state_dict")
+            key = next((key for key in _PARTITIONS if key in state), None)
             if key is None:
                 raise CheckpointError(f"{path} has no fp32 weights of ZeRO ({' or '.join(_PARTITIONS)})")
             stage, tensors = _integer(state.get("zero_stage")), state[key]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 
 from swin_scale import create_model, labels, load_weights
 from swin_scale.checkpoint import Fragment, begin, commit, write_rank_file
-from swin_scale.convert import convert, infer_model, inspect_path, model_from_weights, read_state_dict
+from swin_scale.cli import main
+from swin_scale.convert import FORMATS, convert, infer_model, inspect_path, model_from_weights, read_state_dict
 from swin_scale.errors import CheckpointError, UserError
 from swin_scale.models import list_models, variant
 from tests.convert.official import load_pretrained, official_model, with_official_buffers
@@ -174,6 +176,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, caplog):
         read_state_dict(broken.parent)
     with pytest.raises(CheckpointError, match="master, ema, but no momentum"):
         read_state_dict(tmp_path, kind="momentum")
+
+
+def test_the_command_line_lists_every_format(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    shown = re.search(r"format to write: ([\w, \n]+)", capsys.readouterr().out)
+    assert set(re.split(r",\s*", shown[1].partition("\n  -")[0].strip())) == set(FORMATS)
+    save_run(tmp_path, V2)
+    for to in FORMATS:
+        assert main(["convert", str(tmp_path), str(tmp_path / f"out_{to}"), "--to", to, "--model", V2, "--ema"]) == 0
+        assert f"out_{to}: " in capsys.readouterr().out
+    assert main(["convert", str(tmp_path), str(tmp_path / "w"), "--to", "onnx"]) == 2
 
 
 def test_failures_name_the_cause(tmp_path):
