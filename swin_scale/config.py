@@ -159,8 +159,11 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    zero_stage: Literal[1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is cut over the ranks: nothing (fp32 only), optimizer state, gradients too, parameters too."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    offload: Literal["none", "optimizer"] = "none"
+    """Keep fp32 masters and moments in host memory and update them there (stages 1 to 3)."""
     activation_checkpointing: Literal["off", "block", "selective"] = "off"
     bucket_mb: float = 200.0
     """Megabytes per gradient bucket."""
@@ -176,6 +179,8 @@ class Checkpointing:
     every_minutes: float | None = 30.0
     keep: int = 3
     """Newest checkpoints to keep, at least 2."""
+    keep_every_hours: float | None = None
+    """Also keep, for good, the first one past every multiple of this many hours of training (restarts add up)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +271,7 @@ def validate(config: Config) -> None:
         "schedule.total_steps": config.schedule.total_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.every_minutes": config.checkpoint.every_minutes,
+        "checkpoint.keep_every_hours": config.checkpoint.keep_every_hours,
         "engine.threads": config.engine.threads,
         "optim.lr": config.optim.lr,
         "optim.lr_per_512": config.optim.lr_per_512,
@@ -315,6 +321,16 @@ def validate(config: Config) -> None:
     if config.checkpoint.keep < 2:
         raise UserError(
             f"checkpoint.keep is {config.checkpoint.keep}; keep at least 2, so that a damaged one does not lose the run"
+        )
+    if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
+        raise UserError(
+            f"engine.zero_stage is 0, which trains in fp32 only, and engine.precision is {config.engine.precision}; "
+            "set engine.zero_stage=1 or engine.precision=fp32"
+        )
+    if config.engine.zero_stage == 0 and config.engine.offload != "none":
+        raise UserError(
+            f"engine.offload is {config.engine.offload}, which engine.zero_stage 0 does not have; "
+            "set engine.zero_stage=1 or engine.offload=none"
         )
     low, high = config.augment.crop_scale
     if not 0 < low <= high <= 1:

@@ -271,6 +271,7 @@ SAFE = (
     "train.tensorboard",
     "train.max_skips",
     "engine.zero_stage",
+    "engine.offload",
     "engine.activation_checkpointing",
     "engine.bucket_mb",
     "engine.threads",
@@ -278,6 +279,7 @@ SAFE = (
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
     "checkpoint.keep",
+    "checkpoint.keep_every_hours",
     "init.weights",
     "init.head",
 )

@@ -156,7 +156,7 @@ def test_one_edit_typo_of_any_key_names_the_key(key, write):
         ("train.epochs=true", ["train.epochs", "True"]),
         ("train.epochs=1.5", ["train.epochs", "1.5"]),
         ("engine.precision=fp15", ["engine.precision", "fp15", "fp16"]),
-        ("engine.zero_stage=3", ["engine.zero_stage", "3", "1, 2"]),
+        ("engine.zero_stage=4", ["engine.zero_stage", "4", "0, 1, 2, 3"]),
         ("optim.betas=[0.9]", ["optim.betas", "2"]),
         ("optim.lr=.nan", ["optim.lr"]),
         ("optim.lr=-1", ["optim.lr", "above 0"]),

@@ -32,6 +32,7 @@ from swin_scale.config import (
 from swin_scale.config import (
     Schedule as ScheduleConfig,
 )
+from swin_scale.engine.construct import build_model
 from swin_scale.engine.dist import Dist, init
 from swin_scale.engine.engine import DTYPES, Engine, MicroBatch, StepResult
 from swin_scale.engine.layout import Layout
@@ -124,8 +125,8 @@ def bench_train(
 def _engine(
     name: str, config: Config, plan: BatchPlan, dist: Dist, micro: MicroBatch, steps: int, warmup: int
 ) -> dict[str, Any]:
-    model = create_model(name, activation_checkpointing=config.engine.activation_checkpointing)
-    engine = Engine(model, config, plan, Schedule.from_config(config, steps + warmup), dist)
+    model, values = build_model(config, dist, {})
+    engine = Engine(model, config, plan, Schedule.from_config(config, steps + warmup), dist, values)
     results: list[StepResult] = []
 
     def step() -> None:

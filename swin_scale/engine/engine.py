@@ -21,11 +21,12 @@ from swin_scale.checkpoint import Checkpoint, Fragment
 from swin_scale.config import BatchPlan, Config
 from swin_scale.engine.dist import Dist
 from swin_scale.engine.ds_config import to_deepspeed
-from swin_scale.engine.fragments import Fragments, import_deepspeed
+from swin_scale.engine.fragments import FRAGMENTS, import_deepspeed, materialize, register_borrowed
 from swin_scale.engine.losses import soft_target_cross_entropy
 from swin_scale.engine.optim import build_optimizer, describe_groups, param_groups
 from swin_scale.engine.schedule import Schedule
 from swin_scale.errors import UserError
+from swin_scale.models.init import initial_values
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,31 +59,63 @@ class StepResult:
 class Engine:
     """A model wrapped by DeepSpeed: `train_step`, evaluation weights, and fragments to save and load."""
 
-    def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, schedule: Schedule, dist: Dist) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        plan: BatchPlan,
+        schedule: Schedule,
+        dist: Dist,
+        values: Iterator[tuple[str, torch.Tensor]] | None = None,
+    ) -> None:
+        """Wrap `model`; all ranks call this together.
+
+        Args:
+            model: anywhere; under ZeRO-3 best on the meta device, so that no rank ever holds all of it.
+            values: (name, value) of every parameter of a model on the meta device, in the order of
+                `named_parameters`; read on rank 0 alone. Default: the initial values of `run.seed`.
+        """
         self.config = config
         self.dist = dist
         self.schedule = schedule
         self._group = torch.distributed.group.WORLD
         self.dtype = DTYPES[config.engine.precision]
+        stage = config.engine.zero_stage
         on_gpu = dist.device.type == "cuda"
         # Each task may see one GPU alone: the device, not the local rank, is what DeepSpeed must select.
         deepspeed = import_deepspeed(on_gpu, dist.device.index or 0 if on_gpu else dist.local_rank)
         if config.engine.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise UserError("engine.precision is fp16, which this device does not support; use bf16 or fp32")
-        model.to(dist.device)
+        # Grouped by shape, so before ZeRO-3 cuts parameters up.
         groups = param_groups(model, config.optim)
         self.groups_table = describe_groups(groups)
         settings = to_deepspeed(config, plan, on_gpu=on_gpu)
         with warnings.catch_warnings(), _silent_stdout():
             warnings.simplefilter("ignore")
+            if any(parameter.is_meta for parameter in model.parameters()):
+                assert stage == 3, "only ZeRO-3 takes a model on the meta device"
+                values = values or initial_values(model, config.run.seed)
+                materialize(deepspeed, model, values, dtype=self.dtype, device=dist.device, rank=dist.rank)
+                model.rebuild_buffers(dist.device)
+            else:
+                model.to(dist.device)
             self._deepspeed, self._zero, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(groups, config.optim),
+                optimizer=build_optimizer(groups, config.optim, guarded=stage == 0),
                 config=settings,
                 dist_init_required=False,
             )
         self.module: nn.Module = self._deepspeed.module
-        self.fragments = Fragments(self.module, self._zero, dist.rank, self._group, config.optim.ema_decay)
+        if stage == 3:
+            register_borrowed(deepspeed, self.module)
+        self.fragments = FRAGMENTS[stage](
+            self.module,
+            self._zero,
+            rank=dist.rank,
+            world=dist.world,
+            group=self._group,
+            ema_decay=config.optim.ema_decay,
+        )
 
     def train_step(self, step: int, micro_batches: Iterable[MicroBatch], valid_samples: int) -> StepResult:
         """Consume global batch number `step` (from 0).
@@ -116,6 +149,8 @@ class Engine:
         if not skipped:
             self.fragments.update_ema()
         norm = self._deepspeed.get_global_grad_norm()
+        if norm is None:  # stage 0
+            norm = self._zero.grad_norm
         return StepResult(
             loss=(loss_sum / total.clamp(min=1.0)).squeeze(0),
             grad_norm=torch.as_tensor(norm, dtype=torch.float32, device=dist.device),
@@ -149,7 +184,7 @@ class Engine:
     def parameters_table(self) -> dict[str, dict[str, Any]]:
         """Name, full shape and role of every parameter, for the manifest."""
         return {
-            name: {"shape": list(p.shape), "dtype": "float32", "trained": p.requires_grad}
+            name: {"shape": list(self.fragments.shape(p)), "dtype": "float32", "trained": p.requires_grad}
             for name, p in self.module.named_parameters()
         }
 

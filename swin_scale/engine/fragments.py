@@ -1,13 +1,16 @@
 """ZeRO's shards as fragments with global coordinates, and back. The one file that uses DeepSpeed's private names.
 
-DeepSpeed 0.19 keeps, per parameter, the piece of its fp32 master copy and moments that this rank owns
-(``param._hp_mapping``). A fragment is that piece under the parameter's own name and flat range, so whatever is saved
-here can be read by any number of ranks.
+DeepSpeed 0.19 keeps, per parameter, the piece of its fp32 master copy and moments that this rank owns. A fragment is
+that piece under the parameter's own name and flat range, so whatever is saved here can be read by any number of ranks.
 
-Private names used: ``_hp_mapping`` (``lp_fragment_address``, ``hp_fragment``, ``optim_fragment``),
-``_hp_optimizer_states_linked``, ``_lazy_init_hp_params_optimizer_state``, ``check_grad_overflow``, ``loss_scaler``,
-``deepspeed.ops.__compatible_ops__``, ``deepspeed.runtime.zero.muon.original_muon``; `tests/engine/test_fragments.py`
-is the contract test.
+Private names used, with `tests/engine/test_fragments.py` as the contract test:
+
+- everywhere: ``deepspeed.ops.__compatible_ops__``, ``deepspeed.runtime.zero.muon.original_muon``, ``loss_scaler``
+- stages 1 and 2: ``_hp_mapping`` (``lp_fragment_address``, ``hp_fragment``, ``optim_fragment``),
+  ``check_grad_overflow``, ``_hp_optimizer_states_linked``, ``_lazy_init_hp_params_optimizer_state``
+- stage 3: ``zero.Init._convert_to_zero_parameters``; of a parameter ``ds_tensor``, ``ds_numel``, ``ds_shape``,
+  ``ds_zero_partition_rank``; of the optimizer ``grad_position``, ``get_param_id``, ``fp32_partitioned_groups_flat``,
+  ``sub_group_to_group_id``, ``parameter_offload.partition_all_parameters``
 """
 
 from __future__ import annotations
@@ -16,22 +19,16 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
-from swin_scale.checkpoint import Checkpoint, Fragment
-from swin_scale.errors import CheckpointError, UserError
+from swin_scale.engine.pieces import Fragments, Piece, ReplicatedFragments, moment_names
+from swin_scale.errors import UserError
 
 SUPPORTED = ((0, 19, 8), (0, 20))
-MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
-LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-GATHER_BYTES = 256 << 20
 
 
 def import_deepspeed(on_gpu: bool, local_rank: int) -> Any:
@@ -69,175 +66,122 @@ def _import_muon_uncompiled() -> None:
         torch.compile = compile_function
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """The part of one parameter whose master copy this rank owns."""
+class ZeroFragments(Fragments):
+    """Stages 1 and 2: DeepSpeed maps each parameter to its part of this rank's flat partition."""
 
-    name: str
-    parameter: nn.Parameter
-    start: int
-    master: torch.Tensor
-    """(length,) fp32 view into ZeRO's flat partition."""
-    moments: Mapping[str, torch.Tensor]
-
-
-class Fragments:
-    """The fragments of one DeepSpeed ZeRO-1 or ZeRO-2 engine, and optionally their moving average."""
-
-    def __init__(self, module: nn.Module, optimizer: Any, rank: int, group: Any, ema_decay: float = 0.0) -> None:
-        self._module = module
-        self._zero = optimizer
-        self._rank = rank
-        self._group = group
-        self._ema_decay = ema_decay
+    def __init__(self, module: nn.Module, optimizer: Any, **options: Any) -> None:
+        super().__init__(module, optimizer, **options)
         # Non-finite gradients skip the update on all ranks in every precision, not only in fp16.
-        self._zero.check_grad_overflow = True
-        self._ema = [piece.master.clone() for piece in self.pieces()] if ema_decay else []
+        optimizer.check_grad_overflow = True
 
     def pieces(self) -> list[Piece]:
-        """What this rank owns, in the order of `named_parameters`."""
         found = []
         for name, parameter in self._module.named_parameters():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
-                found.append(
-                    Piece(
-                        name=name,
-                        parameter=parameter,
-                        start=mapping.lp_fragment_address.start,
-                        master=mapping.hp_fragment,
-                        moments=mapping.optim_fragment or {},
-                    )
-                )
+                start, master = mapping.lp_fragment_address.start, mapping.hp_fragment
+                moments = mapping.optim_fragment or {}
+                found.append(Piece(name=name, parameter=parameter, start=start, master=master, moments=moments))
+            elif not parameter.requires_grad and self._rank == 0:
+                # A frozen parameter is whole on every rank and saved by the first.
+                master = parameter.data.view(-1)
+                found.append(Piece(name=name, parameter=parameter, start=0, master=master, moments={}))
         return found
 
-    # -- saving --------------------------------------------------------------------------------------------------------
+    def _flat(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for options in self._base.param_groups:
+            for flat in options["params"]:
+                yield options, flat
 
-    def local(self) -> Iterator[Fragment]:
-        """This rank's fragments: masters, moments, moving averages; frozen parameters come from rank 0. No copies."""
-        self._link_moments()
-        for i, piece in enumerate(self.pieces()):
-            parts = {"master": piece.master, **piece.moments}
-            if self._ema:
-                parts["ema"] = self._ema[i]
-            shape = tuple(piece.parameter.shape)
-            for kind, data in parts.items():
-                yield Fragment(name=piece.name, kind=kind, shape=shape, start=piece.start, data=data.detach())
-        if self._rank == 0:
-            for name, parameter in self._module.named_parameters():
-                if not parameter.requires_grad:
-                    data = parameter.detach().reshape(-1)
-                    yield Fragment(name=name, kind="master", shape=tuple(parameter.shape), start=0, data=data)
-
-    def state(self) -> dict[str, Any]:
-        """What is the same on all ranks: applied updates and the loss scaler."""
-        steps = [float(entry["step"]) for entry in self._zero.optimizer.state.values() if "step" in entry]
-        scaler = getattr(self._zero, "loss_scaler", None)
-        scaling = {key: getattr(scaler, key) for key in LOSS_SCALER_STATE if hasattr(scaler, key)}
-        return {"optimizer_step": max(steps, default=0.0), "loss_scaler": scaling}
-
-    # -- loading -------------------------------------------------------------------------------------------------------
-
-    def load(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        """Take masters, moments, moving averages and scaler from any checkpoint of the same parameters."""
-        ours = {name: tuple(p.shape) for name, p in self._module.named_parameters()}
-        theirs = {name: tuple(entry["shape"]) for name, entry in checkpoint.parameters.items()}
-        if ours != theirs:
-            odd = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-            raise CheckpointError(f"{checkpoint.path} holds another model; parameters differ: {', '.join(odd[:8])}")
-        kinds = set(checkpoint.kinds())
-        self._create_moments(float(state["optimizer_step"]))
-        for i, piece in enumerate(self.pieces()):
-            length = piece.master.numel()
-            targets = {"master": piece.master, **piece.moments}
-            for kind, target in targets.items():
-                if kind not in kinds:
-                    raise CheckpointError(f"{checkpoint.path} has no {kind}; it was saved with another optim.name")
-                checkpoint.read(kind, piece.name, piece.start, length, out=target)
-            if self._ema:
-                # A run that turns its moving average on starts it from the weights.
-                kind = "ema" if "ema" in kinds else "master"
-                checkpoint.read(kind, piece.name, piece.start, length, out=self._ema[i])
-        for name, parameter in self._module.named_parameters():
-            if not parameter.requires_grad:
-                parameter.data.copy_(checkpoint.read("master", name).view_as(parameter))
-        scaler = getattr(self._zero, "loss_scaler", None)
-        for key, value in state["loss_scaler"].items():
-            if hasattr(scaler, key):
-                setattr(scaler, key, value)
-        self._fill_parameters(None)
-
-    def _create_moments(self, step: float) -> None:
-        """Give every flat partition the state its optimizer makes lazily at the first update."""
-        base = self._zero.optimizer
-        names = MOMENTS[type(base).__name__]
-        for group in base.param_groups:
-            for flat in group["params"]:
-                entry = base.state[flat]
-                entry.update({name: torch.zeros_like(flat) for name in names if name not in entry})
-                if "exp_avg" in names:
-                    # torch keeps the count on the parameter's device when its update runs there (fused, capturable).
-                    on_device = group.get("fused") or group.get("capturable")
-                    device = flat.device if on_device else torch.device("cpu")
-                    entry["step"] = torch.tensor(step, dtype=torch.float32, device=device)
-        self._link_moments()
-
-    def _link_moments(self) -> None:
+    def _create_moments(self, step: float | None = None) -> None:
+        super()._create_moments(step)
         # DeepSpeed links state after the first group has stepped; the other groups' moments would stay unknown.
-        if all(flat in self._zero.optimizer.state for g in self._zero.optimizer.param_groups for flat in g["params"]):
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
+        self._optimizer._hp_optimizer_states_linked = False
+        self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    # -- moving average ------------------------------------------------------------------------------------------------
+
+class ShardedFragments(Fragments):
+    """Stage 3: every parameter is cut evenly over the ranks, the last part padded; padding is never saved or read."""
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape)
+
+    def pieces(self) -> list[Piece]:
+        zero, state = self._optimizer, self._base.state
+        names = moment_names(self._base)
+        found = []
+        for name, parameter in self._module.named_parameters():
+            start = parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_rank
+            length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
+            if length <= 0:
+                continue
+            if parameter.requires_grad:
+                i, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+                flat = zero.fp32_partitioned_groups_flat[i]
+                entry = state.get(flat, {})
+                master = flat.detach().narrow(0, offset, length)
+                moments = {kind: entry[kind].narrow(0, offset, length) for kind in names if kind in entry}
+            else:
+                master, moments = parameter.ds_tensor.narrow(0, 0, length), {}
+            found.append(Piece(name=name, parameter=parameter, start=start, master=master, moments=moments))
+        return found
+
+    def _flat(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        zero = self._optimizer
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            yield self._base.param_groups[zero.sub_group_to_group_id[i]], flat
 
     @torch.no_grad()
-    def update_ema(self) -> None:
-        """Move the average towards the masters; call after an update that was applied."""
-        if self._ema:
-            masters = [piece.master for piece in self.pieces()]
-            torch._foreach_lerp_(self._ema, masters, 1.0 - self._ema_decay)
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The module carries the moving average inside the context (all ranks enter together)."""
-        self._fill_parameters(self._ema)
-        try:
-            yield
-        finally:
-            self._fill_parameters(None)
-
-    @torch.no_grad()
-    def _fill_parameters(self, sources: list[torch.Tensor] | None) -> None:
-        """Write `sources` (None: the masters) into the low-precision parameters of every rank.
-
-        Each element has one owner, so summing pieces over zeros is exact.
-        """
-        owned: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        for i, piece in enumerate(self.pieces()):
-            data = piece.master if sources is None else sources[i]
-            owned.setdefault(id(piece.parameter), []).append((piece.start, data))
-        for bucket in _buckets([p for p in self._module.parameters() if p.requires_grad]):
-            for parameter in bucket:
-                parameter.data.zero_()
-                flat = parameter.data.view(-1)
-                for start, data in owned.get(id(parameter), ()):
-                    flat[start : start + data.numel()].copy_(data)
-            joined = torch.cat([parameter.data.view(-1) for parameter in bucket])
-            torch.distributed.all_reduce(joined, group=self._group)
-            for parameter, values in zip(bucket, joined.split([p.numel() for p in bucket]), strict=True):
-                parameter.data.copy_(values.view_as(parameter))
+    def _fill(self, sources: Sequence[Tensor]) -> None:
+        """Write `sources` into the parts that parameters are gathered from; gathered ones are let go before."""
+        self._optimizer.parameter_offload.partition_all_parameters()
+        for piece, source in zip(self.pieces(), sources, strict=True):
+            piece.parameter.ds_tensor.data[: source.numel()].copy_(source)
 
 
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in runs of one dtype and at most GATHER_BYTES (or one large parameter)."""
-    bucket: list[nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        nbytes = parameter.numel() * parameter.element_size()
-        if bucket and (size + nbytes > GATHER_BYTES or parameter.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(parameter)
-        size += nbytes
-    if bucket:
-        yield bucket
+FRAGMENTS: Mapping[int, type[Fragments]] = {
+    0: ReplicatedFragments,
+    1: ZeroFragments,
+    2: ZeroFragments,
+    3: ShardedFragments,
+}
+
+
+@torch.no_grad()
+def materialize(
+    deepspeed: Any,
+    model: nn.Module,
+    values: Iterator[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+) -> None:
+    """Give a model on the meta device its parameters for ZeRO-3, each cut over the ranks before the next is made.
+
+    Args:
+        model: on the meta device; its parameters stay the same objects. Buffers are left alone.
+        values: (name, value) in the order of `named_parameters`; read on rank 0 alone and sent to the others.
+        dtype: of the parameters, which DeepSpeed derives its fp32 masters from.
+    """
+    deepspeed.init_distributed(dist_init_required=False)
+    cutter = deepspeed.zero.Init(dtype=dtype, mem_efficient_linear=False)
+    parameters = list(model.named_parameters())
+    # One buffer for all: whole parameters, allocated and freed between parts that stay, would leave the heap in holes.
+    buffer = torch.empty(max(parameter.numel() for _, parameter in parameters), dtype=dtype, device=device)
+    for name, parameter in parameters:
+        full = buffer[: parameter.numel()].view(parameter.shape)
+        if rank == 0:
+            given, value = next(values)
+            assert given == name, f"the value of {given} came for {name}"
+            full.copy_(value)
+        torch.utils.swap_tensors(parameter, nn.Parameter(full, requires_grad=parameter.requires_grad))
+        cutter._convert_to_zero_parameters([parameter])
+
+
+def register_borrowed(deepspeed: Any, model: nn.Module) -> None:
+    """Tell ZeRO-3 which modules read parameters of their children (`borrowed_parameters` of a module)."""
+    for module in model.modules():
+        borrowed = getattr(module, "borrowed_parameters", None)
+        for parameter in borrowed() if borrowed else ():
+            deepspeed.zero.register_external_parameter(module, parameter)

@@ -12,6 +12,7 @@ The official code cuts the normal at +-2, a hundred standard deviations, so a pl
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,26 +25,36 @@ INITIAL_LOGIT_SCALE = math.log(10.0)
 
 @torch.no_grad()
 def init_parameters(model: nn.Module, seed: int) -> None:
-    """Initialise all parameters of `model`, in the order of its modules, from a generator of their own.
+    """Initialise all parameters of `model` with `initial_values`."""
+    parameters = dict(model.named_parameters())
+    for name, value in initial_values(model, seed):
+        parameters[name].copy_(value)
 
-    Values are drawn on the CPU in fp32 whatever the device and dtype of the model, so that the same seed gives the
-    same weights everywhere; a meta -> to_empty -> init_weights model equals one built directly.
+
+def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of every parameter, in the order of `named_parameters`, drawn one by one as they are asked for.
+
+    Values are drawn on the CPU in fp32 from a generator of their own, whatever the device and dtype of the model, so
+    that the same seed gives the same weights everywhere: a model on the meta device, filled parameter by parameter,
+    equals one built directly. A value may be a broadcast view: copy it, never write to it.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.copy_(_initial(module, name, parameter, generator))
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = _initial(module, name, parameter.shape, generator)
+            yield f"{prefix}.{name}" if prefix else name, value.expand(parameter.shape)
 
 
-def _initial(module: nn.Module, name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+def _initial(module: nn.Module, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     if isinstance(module, nn.LayerNorm):
         starts_at_one = name == "weight" and not isinstance(module, PostNorm)
         return torch.ones((), device="cpu") if starts_at_one else torch.zeros((), device="cpu")
     if isinstance(module, nn.Conv2d):
-        bound = module.weight[0].numel() ** -0.5
-        return torch.empty(like.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        # From the layer's sizes: by now the weight itself may be cut over ranks.
+        bound = (module.in_channels // module.groups * math.prod(module.kernel_size)) ** -0.5
+        return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
     if name == "logit_scale":
         return torch.full((), INITIAL_LOGIT_SCALE, device="cpu")
     if name.endswith("bias"):
         return torch.zeros((), device="cpu")
-    return torch.empty(like.shape, device="cpu").normal_(std=STD, generator=generator)
+    return torch.empty(shape, device="cpu").normal_(std=STD, generator=generator)

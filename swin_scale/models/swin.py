@@ -66,9 +66,9 @@ class WindowAttention(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
         self._cached_bias: tuple[list[Tensor], Tensor] | None = None
 
-    def rebuild_buffers(self) -> None:
-        device = self.relative_position_index.device
-        self.relative_position_index.copy_(relative_position_index(self.window_size, device))
+    def rebuild_buffers(self, device: torch.device | None = None) -> None:
+        device = self.relative_position_index.device if device is None else device
+        self.relative_position_index = relative_position_index(self.window_size, device)
 
     def position_bias(self) -> Tensor:
         """(heads, N, N), fp32 or wider.
@@ -151,6 +151,10 @@ class Block(nn.Module):
         """x: (B, H, W, C). Returns the same shape, and what the MLP returned beside it (None unless it is an MoE)."""
         # Outside of what is recomputed: backward then does not run the position-bias MLP a second time.
         return recompute(self.activation_checkpointing, self._forward, x, self.attn.position_bias())
+
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `forward` reads although a child owns them: ZeRO-3 gathers those a module says it needs."""
+        return [] if self.attn.cosine else [self.attn.relative_position_bias_table]
 
     def _forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.post_norm:
@@ -253,8 +257,11 @@ class Swin(nn.Module):
         init_parameters(self, seed)
         self.rebuild_buffers()
 
-    def rebuild_buffers(self) -> None:
-        """Fill the derived buffers, which are never saved; after `to_empty` they hold nothing of use."""
+    def rebuild_buffers(self, device: torch.device | None = None) -> None:
+        """Fill the derived buffers, which are never saved, where they are or on `device`.
+
+        After `to_empty` they hold nothing of use; on the meta device, nothing at all.
+        """
         for module in self.modules():
             if isinstance(module, WindowAttention):
-                module.rebuild_buffers()
+                module.rebuild_buffers(device)

@@ -12,7 +12,9 @@ from swin_scale.config import batch_plan
 from swin_scale.config_load import config_from_values
 from tests.spawn import spawn_dist
 
-BATCH, CLASSES = 8, 10
+BATCH, CLASSES = 12, 10
+RESIDENT = 1000
+"""Parameters that ZeRO-3 keeps gathered here; with its real threshold all of a nano model would stay."""
 
 
 def make_config(**sections):
@@ -32,15 +34,22 @@ def make_config(**sections):
 
 
 def make_engine(dist, config, seed=0):
+    from swin_scale.engine import ds_config
     from swin_scale.engine.engine import Engine
     from swin_scale.engine.schedule import Schedule
     from swin_scale.models import create_model
+    from swin_scale.models.init import initial_values
 
     allow_fp16_on_cpu()
+    ds_config.STAGE3_RESIDENT_NUMEL = RESIDENT
     plan = batch_plan(config, dist.world)
     overrides = {k: v for k, v in dataclasses.asdict(config.model).items() if k != "name" and v is not None}
-    model = create_model(config.model.name, seed=seed, **overrides)
-    return Engine(model, config, plan, Schedule.from_config(config, 10), dist), plan
+    overrides["activation_checkpointing"] = config.engine.activation_checkpointing
+    sharded = config.engine.zero_stage == 3
+    with torch.device("meta" if sharded else "cpu"):
+        model = create_model(config.model.name, seed=seed, **overrides)
+    values = initial_values(model, seed) if sharded else None
+    return Engine(model, config, plan, Schedule.from_config(config, 10), dist, values), plan
 
 
 def allow_fp16_on_cpu():
@@ -82,8 +91,13 @@ def train(engine, plan, dist, first, last, **options):
 
 
 def weights(engine):
-    """As numpy arrays, which travel between processes by value."""
-    return {name: p.detach().float().numpy().copy() for name, p in engine.module.named_parameters()}
+    """Whole, as numpy arrays, which travel between processes by value."""
+    import deepspeed
+
+    parameters = dict(engine.module.named_parameters())
+    sharded = engine.config.engine.zero_stage == 3
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=sharded):
+        return {name: p.detach().float().numpy().copy() for name, p in parameters.items()}
 
 
 def run_steps(dist, config, steps, options):
@@ -99,6 +113,8 @@ def test_layouts_follow_the_same_gradients():
         (2, make_config(engine={"zero_stage": 1})),
         (2, make_config(engine={"zero_stage": 2}, train={"micro_batch": 2})),
         (1, make_config(engine={"zero_stage": 2}, train={"micro_batch": 2})),
+        (2, make_config(engine={"zero_stage": 0}, train={"micro_batch": 3})),
+        (3, make_config(engine={"zero_stage": 3}, train={"micro_batch": 2})),
     ]
     for world, config in layouts:
         for results, parameters in spawn_dist(world, run_steps, config, 4, options):
@@ -127,11 +143,20 @@ def test_mean_is_over_valid_samples_only():
     assert results[0][1] == pytest.approx(float(norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("micro", ["auto", 2])
-def test_non_finite_step_is_skipped_by_all_ranks(precision, micro):
+@pytest.mark.parametrize(
+    ("stage", "precision", "micro"),
+    [
+        *((1, precision, micro) for precision in ("fp32", "bf16", "fp16") for micro in ("auto", 2)),
+        (0, "fp32", 3),
+        (2, "bf16", 3),
+        (3, "fp32", 3),
+        (3, "bf16", "auto"),
+        (3, "fp16", "auto"),
+    ],
+)
+def test_non_finite_step_is_skipped_by_all_ranks(stage, precision, micro):
     """An infinite pixel on the last rank alone: no rank updates; fp16 halves its scale; the next step goes on."""
-    config = make_config(engine={"precision": precision}, train={"micro_batch": micro})
+    config = make_config(engine={"zero_stage": stage, "precision": precision}, train={"micro_batch": micro})
     ranks = spawn_dist(2, skip_case, config)
     for before, after, results in ranks:
         assert [skipped for _, _, skipped, _ in results] == [False, True, False]
@@ -158,7 +183,15 @@ def skip_case(dist, config):
 
 @pytest.mark.parametrize(
     ("stage", "precision", "micro", "optimizer"),
-    [(1, "fp32", "auto", "adamw"), (2, "bf16", "auto", "adamw"), (1, "bf16", 2, "adamw"), (1, "fp16", "auto", "sgd")],
+    [
+        (1, "fp32", "auto", "adamw"),
+        (2, "bf16", "auto", "adamw"),
+        (1, "bf16", 2, "adamw"),
+        (1, "fp16", "auto", "sgd"),
+        (0, "fp32", "auto", "sgd"),
+        (3, "bf16", 3, "adamw"),
+        (3, "fp16", "auto", "sgd"),
+    ],
 )
 def test_resume_is_bit_equal(tmp_path, stage, precision, micro, optimizer):
     """2 + 2 steps equal 4 steps bit for bit, moments and moving average included, through files on disk."""
@@ -199,32 +232,11 @@ def save_step(engine, dist, root, step):
     return save(root, engine, dist, step=step, state={"step": step}, config_text="", model={"name": "m"}, keep=3)
 
 
-def test_another_layout_resumes_the_same_run(tmp_path):
-    """Saved by 2 ranks under ZeRO-2, resumed by 1 rank under ZeRO-1: losses continue."""
-    expected = spawn_dist(2, save_case, make_config(engine={"zero_stage": 2}), tmp_path)[0]
-    [resumed] = spawn_dist(1, load_case, make_config(engine={"zero_stage": 1}), tmp_path)
-    for (loss, norm, *_), (expected_loss, expected_norm, *_) in zip(resumed, expected, strict=True):
-        assert loss == pytest.approx(expected_loss, abs=1e-5)
-        assert norm == pytest.approx(expected_norm, rel=1e-4)
-
-
-def save_case(dist, config, root):
-    engine, plan = make_engine(dist, config)
-    train(engine, plan, dist, 0, 2)
-    save_step(engine, dist, root, 2)
-    return train(engine, plan, dist, 2, 5)
-
-
-def load_case(dist, config, root):
-    engine, plan = make_engine(dist, config, seed=1)
-    with Checkpoint.open(root / "step_00000002") as checkpoint:
-        engine.load(checkpoint, checkpoint.state)
-    return train(engine, plan, dist, 2, 5)
-
-
-def test_save_makes_no_tensor_collective_and_copies_nothing(tmp_path):
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_save_makes_no_tensor_collective_and_copies_nothing(tmp_path, stage):
     """During a save no collective is called, and the rank's memory rises by at most 1.1 times its own shard."""
-    config = make_config(optim={"ema_decay": 0.9}, model={"embed_dim": 224, "num_heads": [7, 14]})
+    model = {"embed_dim": 224, "num_heads": [7, 14]}
+    config = make_config(engine={"zero_stage": stage}, optim={"ema_decay": 0.9}, model=model)
     for calls, extra, shard in spawn_dist(2, save_cost_case, config, tmp_path):
         assert calls == []
         assert shard > 50e6

@@ -1,0 +1,261 @@
+"""The training state as fragments with global coordinates: what every ZeRO stage shares, and stage 0.
+
+A `Piece` is the range of one parameter whose fp32 master copy and moments this rank keeps. Whatever is saved by pieces
+can be read by any number of ranks under any stage. Stages 1 to 3 keep pieces where DeepSpeed has them
+(`fragments.py`); at stage 0 every rank has everything, and the pieces only share out the saving.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from swin_scale.checkpoint import Checkpoint, Fragment
+from swin_scale.errors import CheckpointError
+
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+GATHER_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The part of one parameter whose master copy this rank keeps; a frozen parameter's has no moments."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    """First element of the flattened parameter."""
+    master: Tensor
+    """(length,) view of the fp32 master copy; of the parameter itself when that is frozen."""
+    moments: Mapping[str, Tensor]
+    """The optimizer's state, each a (length,) fp32 view; empty before the first update."""
+
+
+class Fragments(ABC):
+    """This rank's pieces of a wrapped model, and optionally their moving average: saved, loaded, averaged.
+
+    `optimizer` is what updates the parameters: DeepSpeed's around torch's, or torch's own.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: Any, *, rank: int, world: int, group: Any, ema_decay: float = 0.0
+    ) -> None:
+        self._module = module
+        self._optimizer = optimizer
+        self._rank, self._world, self._group = rank, world, group
+        self._ema_decay = ema_decay
+        self._ema = [piece.master.clone() for piece in self.pieces()] if ema_decay else []
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """What this rank keeps, in the order of `named_parameters`."""
+
+    @abstractmethod
+    def _flat(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """(options, tensor) for every tensor that torch's optimizer updates."""
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Full shape of a parameter of the module, wherever its elements are."""
+        return tuple(parameter.shape)
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        """torch's optimizer."""
+        base: torch.optim.Optimizer = self._optimizer.optimizer
+        return base
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.shape(parameter) for name, parameter in self._module.named_parameters()}
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def local(self) -> Iterator[Fragment]:
+        """This rank's fragments: masters, moments, moving averages. No copies."""
+        self._create_moments()
+        for i, piece in enumerate(self.pieces()):
+            parts = {"master": piece.master, **piece.moments}
+            if self._ema:
+                parts["ema"] = self._ema[i]
+            shape = self.shape(piece.parameter)
+            for kind, data in parts.items():
+                yield Fragment(name=piece.name, kind=kind, shape=shape, start=piece.start, data=data.detach())
+
+    def state(self) -> dict[str, Any]:
+        """What is the same on all ranks: applied updates and the loss scaler."""
+        steps = [float(entry["step"]) for entry in self._base.state.values() if "step" in entry]
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        scaling = {key: getattr(scaler, key) for key in LOSS_SCALER_STATE if hasattr(scaler, key)}
+        return {"optimizer_step": max(steps, default=0.0), "loss_scaler": scaling}
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def load(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """Take masters, moments, moving averages and scaler from any checkpoint of the same parameters."""
+        ours = self._shapes()
+        theirs = {name: tuple(entry["shape"]) for name, entry in checkpoint.parameters.items()}
+        if ours != theirs:
+            odd = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            raise CheckpointError(f"{checkpoint.path} holds another model; parameters differ: {', '.join(odd[:8])}")
+        kinds = set(checkpoint.kinds())
+        self._create_moments(float(state["optimizer_step"]))
+        for piece in self._targets():
+            for kind, target in {"master": piece.master, **piece.moments}.items():
+                if kind not in kinds:
+                    raise CheckpointError(f"{checkpoint.path} has no {kind}; it was saved with another optim.name")
+                checkpoint.read(kind, piece.name, piece.start, target.numel(), out=target)
+        if self._ema:
+            # A run that turns its moving average on starts it from the weights.
+            kind = "ema" if "ema" in kinds else "master"
+            for piece, average in zip(self.pieces(), self._ema, strict=True):
+                checkpoint.read(kind, piece.name, piece.start, average.numel(), out=average)
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        for key, value in state["loss_scaler"].items():
+            if hasattr(scaler, key):
+                setattr(scaler, key, value)
+        self._publish()
+
+    def _targets(self) -> list[Piece]:
+        """The pieces that loading fills."""
+        return self.pieces()
+
+    def _publish(self) -> None:
+        """The module's parameters follow the masters that were loaded."""
+        self._fill([piece.master for piece in self.pieces()])
+
+    def _create_moments(self, step: float | None = None) -> None:
+        """Make the state that torch's optimizer makes at its first update; `step` sets its count of updates."""
+        base = self._base
+        for options, flat in self._flat():
+            entry = base.state[flat]
+            entry.update({name: torch.zeros_like(flat) for name in moment_names(base) if name not in entry})
+            if isinstance(base, torch.optim.AdamW) and (step is not None or "step" not in entry):
+                # torch keeps the count on the parameter's device when its update runs there (fused, capturable).
+                on_device = options.get("fused") or options.get("capturable")
+                device = flat.device if on_device else torch.device("cpu")
+                entry["step"] = torch.tensor(step or 0.0, dtype=torch.float32, device=device)
+
+    # -- moving average ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Move the average towards the masters; call after an update that was applied."""
+        if self._ema:
+            masters = [piece.master for piece in self.pieces()]
+            torch._foreach_lerp_(self._ema, masters, 1.0 - self._ema_decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The module carries the moving average inside the context (all ranks enter together)."""
+        self._fill(self._ema)
+        try:
+            yield
+        finally:
+            self._publish()
+
+    @torch.no_grad()
+    def _fill(self, sources: Sequence[Tensor]) -> None:
+        """Write `sources`, one per piece, into the parameters of every rank.
+
+        Each element has one owner, so summing pieces over zeros is exact.
+        """
+        owned: dict[int, list[tuple[int, Tensor]]] = {}
+        for piece, source in zip(self.pieces(), sources, strict=True):
+            owned.setdefault(id(piece.parameter), []).append((piece.start, source))
+        for bucket in _buckets(list(self._module.parameters())):
+            sizes = [parameter.numel() for parameter in bucket]
+            joined = bucket[0].new_zeros(sum(sizes))
+            for parameter, values in zip(bucket, joined.split(sizes), strict=True):
+                for start, source in owned.get(id(parameter), ()):
+                    values[start : start + source.numel()].copy_(source)
+            torch.distributed.all_reduce(joined, group=self._group)
+            for parameter, values in zip(bucket, joined.split(sizes), strict=True):
+                parameter.data.copy_(values.view_as(parameter))
+
+
+class ReplicatedFragments(Fragments):
+    """Stage 0: the parameter is the master; every rank saves an equal share of all elements."""
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        base: torch.optim.Optimizer = self._optimizer
+        return base
+
+    def pieces(self) -> list[Piece]:
+        whole = self._targets()
+        total = sum(piece.master.numel() for piece in whole)
+        first, last = total * self._rank // self._world, total * (self._rank + 1) // self._world
+        found, at = [], 0
+        for piece in whole:
+            size = piece.master.numel()
+            part = slice(max(first - at, 0), min(last - at, size))
+            if part.start < part.stop:
+                moments = {kind: data[part] for kind, data in piece.moments.items()}
+                found.append(
+                    Piece(
+                        name=piece.name,
+                        parameter=piece.parameter,
+                        start=part.start,
+                        master=piece.master[part],
+                        moments=moments,
+                    )
+                )
+            at += size
+        return found
+
+    def _targets(self) -> list[Piece]:
+        names = moment_names(self._base)
+        found = []
+        for name, parameter in self._module.named_parameters():
+            entry = self._base.state.get(parameter, {})
+            moments = {kind: entry[kind].view(-1) for kind in names if kind in entry}
+            master = parameter.data.view(-1)
+            found.append(Piece(name=name, parameter=parameter, start=0, master=master, moments=moments))
+        return found
+
+    def _publish(self) -> None:
+        """Nothing: the parameters are the masters."""
+
+    def _flat(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for options in self._base.param_groups:
+            for parameter in options["params"]:
+                yield options, parameter
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        parameters = [parameter.data for parameter in self._module.parameters()]
+        masters = [parameter.clone() for parameter in parameters]
+        try:
+            with super().averaged_weights():
+                yield
+        finally:
+            torch._foreach_copy_(parameters, masters)
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What torch's optimizer keeps per element."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return ("exp_avg", "exp_avg_sq")
+    assert isinstance(optimizer, torch.optim.SGD)
+    return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in runs of one dtype and at most GATHER_BYTES (or one large parameter)."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        nbytes = parameter.numel() * parameter.element_size()
+        if bucket and (size + nbytes > GATHER_BYTES or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += nbytes
+    if bucket:
+        yield bucket
