@@ -14,7 +14,7 @@ import xxhash
 from data_prep.pool import Progress, map_jobs
 from data_prep.tars import TarReader, parse_label
 from swin_scale.errors import DataError, UserError
-from swin_scale.shards import INDEX_DTYPE, Manifest, Shard, save_index
+from swin_scale.shards import INDEX_DTYPE, Manifest, Shard, is_url, local_directory, save_index
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def index_shards(
     Raises UserError for a directory without tars, DataError naming shard and member for anything that is not plainly a
     shard, for duplicate keys inside a shard, and for labels that are malformed or outside the classes.
     """
-    directory = Path(directory)
+    directory = local_directory(directory, "shard directory")
     paths = shard_paths(directory)
     if not paths:
         raise UserError(f"{directory} holds no .tar file")
@@ -88,12 +88,16 @@ def index_shards(
 
 
 def shard_paths(directory: Path) -> list[Path]:
-    """The tars of `directory` by name, less hidden ones. Raises UserError when it cannot be listed."""
+    """The tars of `directory` by name, less hidden ones. Raises UserError when it cannot be listed, DataError for a
+    name that other readers would take for a URL."""
     try:
         names = [entry.name for entry in os.scandir(directory)]
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}; give a directory of .tar shards") from error
-    return [directory / name for name in sorted(names) if name.endswith(".tar") and not name.startswith(".")]
+    tars = [name for name in sorted(names) if name.endswith(".tar") and not name.startswith(".")]
+    if url := next(filter(is_url, tars), None):
+        raise DataError(f"{directory / url}: WebDataset would take the name for a URL or a command; rename the file")
+    return [directory / name for name in tars]
 
 
 def _earlier_manifest(directory: Path) -> Manifest | None:

@@ -28,7 +28,7 @@ from data_prep.tars import ShardWriter, TarReader
 from data_prep.write import locked
 from swin_scale.errors import DataError, UserError
 from swin_scale.files import fsync_directory, write_atomic
-from swin_scale.shards import INDEX_DTYPE, Manifest, load_index
+from swin_scale.shards import INDEX_DTYPE, Manifest, load_index, local_directory
 
 LOST_NAME = "lost.jsonl"
 RECORDS_NAME = ".repair"
@@ -81,7 +81,7 @@ def repair_shards(
     Raises UserError for a directory without tars, DataError when nothing is left of the set or the disk is full; tars
     written anew are then kept for the next call.
     """
-    directory = Path(directory)
+    directory = local_directory(directory, "shard directory")
     records = _records(directory)
     jobs, gone, classes, wnids = _plan(directory, records, classes, wnids, label_key, decode)
     summaries = _summaries(jobs, workers, progress)

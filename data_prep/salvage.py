@@ -179,10 +179,10 @@ def _set_label(one: Found, label: int) -> None:
 def _check_label(one: Found, job: TarJob) -> None:
     if one.label_fault is not None:
         one.faults.append(one.label_fault)
-    elif one.is_unlabelled:
+    elif one.label is None or one.label == -1:
         if job.labelled and one.offset >= 0:
             one.faults.append("has no label")
-    elif not 0 <= one.label < (job.classes if job.classes is not None else 1 << 31):
+    elif one.label < 0 or (job.classes is not None and one.label >= job.classes):
         one.faults.append(f"label {one.label} is outside the {job.classes} classes")
 
 

@@ -15,7 +15,7 @@ from data_prep.images import MAX_IMAGE_BYTES, BadImageError, check_image
 from data_prep.pool import Progress, map_jobs
 from data_prep.tars import Sample, TarReader, parse_label
 from swin_scale.errors import DataError, UserError
-from swin_scale.shards import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, load_index
+from swin_scale.shards import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, load_index, local_directory
 
 _RESTORE = "restore the shard from a copy, or write the set again"
 _REINDEX = "re-index with `swin-scale shards index`"
@@ -83,7 +83,7 @@ def verify_shards(
 
     Bad content never raises: all of it is in the report. Raises UserError when `directory` is none.
     """
-    directory = Path(directory)
+    directory = local_directory(directory, "shard directory")
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give a shard set")
     try:

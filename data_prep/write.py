@@ -33,7 +33,7 @@ from data_prep.sources import Listing, list_file, list_folders
 from data_prep.tars import MAX_MEMBERS, ShardWriter
 from swin_scale.errors import DataError, UserError
 from swin_scale.files import fsync_directory, write_atomic
-from swin_scale.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, ShardSet, save_index
+from swin_scale.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, ShardSet, local_directory, save_index
 
 DEFAULT_SHARD_BYTES = 256 << 20
 LEFT_OUT_NAME = "left_out.jsonl"
@@ -111,7 +111,7 @@ def write_shards(
     Raises UserError for arguments that make no sense and for an `out` that holds something else, DataError when
     nothing is readable, the disk is full or the storage fails; finished shards are then kept for the next call.
     """
-    source, out = Path(source), Path(out)
+    source, out = local_directory(source, "source"), local_directory(out, "out")
     _check_sizes(shard_bytes, samples_per_shard, seed)
     if list_path is None:
         if out.resolve().is_relative_to(source.resolve()):

@@ -14,18 +14,20 @@ import dataclasses
 import io
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from swin_scale.errors import DataError
+from swin_scale.errors import DataError, UserError
 from swin_scale.files import write_atomic
 
 FORMAT = "swin_scale.shards/1"
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 INDEX_DTYPE = np.dtype(
     [
@@ -36,6 +38,21 @@ INDEX_DTYPE = np.dtype(
         ("digest", "<u8"),  # xxh3_64 of the image data
     ]
 )
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether WebDataset or fsspec would take `path` for a URL, and ``pipe:`` for a command to run."""
+    return _SCHEME.match(os.fspath(path)) is not None
+
+
+def local_directory(path: str | os.PathLike[str], what: str) -> Path:
+    """`path`, which must not look like a URL; `what` names the config key or the argument. Raises UserError."""
+    if is_url(path):
+        raise UserError(
+            f"{what}: {os.fspath(path)!r} is a URL; only local shard directories are read. "
+            f"Copy or mount the shards and name their directory"
+        )
+    return Path(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +90,7 @@ class Manifest:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Manifest:
         """Read and check ``manifest.json``; raises DataError."""
-        path = Path(directory) / MANIFEST_NAME
+        path = local_directory(directory, "shard directory") / MANIFEST_NAME
         try:
             body = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -102,7 +119,7 @@ class Manifest:
         if stated != summed:
             raise DataError(f"{path}: samples is {stated}, but its shards add up to {summed}")
         for shard in manifest.shards:
-            if shard.name != os.path.basename(shard.name) or shard.name in ("", ".", ".."):
+            if shard.name != os.path.basename(shard.name) or shard.name in ("", ".", "..") or is_url(shard.name):
                 raise DataError(f"{path}: shard name {shard.name!r} is not a plain file name")
         return manifest
 

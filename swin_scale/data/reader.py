@@ -22,13 +22,12 @@ import numpy as np
 import xxhash
 
 from swin_scale.errors import DataError, UserError
-from swin_scale.shards import ShardSet
+from swin_scale.shards import ShardSet, local_directory
 
 MAX_OPEN_FILES = 256
 """Per process; login shells commonly allow 1024."""
 MAX_IMAGE_BYTES = 256 << 20
 RETRY_DELAYS_S = (0.1, 0.5, 2.0)
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _BLOCK = tarfile.BLOCKSIZE
 T = TypeVar("T")
 
@@ -52,13 +51,7 @@ def open_shard_sets(paths: Sequence[str | os.PathLike[str]], key: str = "data.tr
     """
     if not paths:
         raise UserError(f"{key} is empty; name at least one shard directory")
-    for path in paths:
-        if _SCHEME.match(os.fspath(path)):
-            raise UserError(
-                f"{key}: {os.fspath(path)!r} is a URL; only local shard directories are read. "
-                f"Copy or mount the shards and name their directory"
-            )
-    sets = [ShardSet.open(path) for path in paths]
+    sets = [ShardSet.open(path) for path in [local_directory(path, key) for path in paths]]
     first = sets[0]
     for other in sets[1:]:
         comparable = first.manifest.wnids is not None and other.manifest.wnids is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -160,12 +161,15 @@ class SkipLedger:
         self.path = Path(path)
         self.max_rate, self.tolerated = max_rate, tolerated
         self.seen = self.bad = 0
+        self.by_shard: Counter[tuple[str, str]] = Counter()
+        """Bad samples by (source directory, shard name)."""
         self._lines: JsonLines | None = None
 
     def add(self, step: int, epoch: int, seen: int, skipped: Sequence[Skipped]) -> None:
         """Record a global step: `seen` samples were due, `skipped` of all ranks were bad. DataError past the rate."""
         self.seen += seen
         self.bad += len(skipped)
+        self.by_shard.update((record.source, record.shard) for record in skipped)
         if not skipped:
             return
         lines = [{"step": step, "epoch": epoch, **dataclasses.asdict(record)} for record in skipped]
@@ -174,9 +178,11 @@ class SkipLedger:
         self._lines.write(lines)
         if self.bad > self.tolerated and self.bad > self.max_rate * self.seen:
             last = skipped[-1]
+            (source, shard), most = self.by_shard.most_common(1)[0]
             raise DataError(
                 f"{self.bad} of {self.seen} samples are unusable, more than data.max_bad_rate {self.max_rate}; the "
-                f"last was {last.key} in {last.source}/{last.shard}: {last.reason}. All are in {self.path}; find "
+                f"last was {last.key} in {last.source}/{last.shard}: {last.reason}. Most, {most}, are in "
+                f"{source}/{shard}; all are in {self.path}; find "
                 f"the damage with `swin-scale shards verify`, or raise data.max_bad_rate"
             )
 
