@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,17 +22,21 @@ from swin_scale.convert.weights import Source, Weights
 from swin_scale.convert.zero_files import Piece, Stored, Vector, ZeroFiles
 from swin_scale.errors import CheckpointError
 
+AHEAD_BYTES = 1 << 20
+"""Longest piece: two of them stay in a processor's cache between reading, checksum, digest and writing."""
+
 
 class ZeroWeights(Weights):
     """The fp32 weights of a ZeRO checkpoint of any number of ranks.
 
-    Extra memory is one parameter, or one buffer when read in pieces. Floating-point buffers and frozen parameters,
-    which are stored in the training precision, are given as fp32 too. Raises CheckpointError naming the file for
-    missing ranks, files of another run, damage, and code in a pickle.
+    Extra memory is one parameter, or two small buffers when read in pieces. Buffers and frozen parameters, which are
+    stored in the training precision, are given as fp32 too. Raises CheckpointError naming the file for missing ranks,
+    files of another run, damage, and code in a pickle.
     """
 
     def __init__(self, directory: Path) -> None:
         self._files = files = ZeroFiles(directory)
+        self._reader = ThreadPoolExecutor(max_workers=1)
         first, model = files.partitions[0], files.models[0]
         self._stored = assemble(files)
         if sum(map(_bytes, self._stored.values())) > MAX_EXPANSION * files.bytes:
@@ -63,20 +68,31 @@ class ZeroWeights(Weights):
         if stored.loaded is not None:
             yield from super().pieces(name, chunk_bytes)
             return
-        # A multiple of every item size, so that no element is cut.
-        buffer = torch.empty(max(8, min(chunk_bytes, _bytes(stored) + 7) // 8 * 8), dtype=torch.uint8)
-        for piece in stored.pieces:
-            for start in range(0, piece.size, buffer.numel()):
-                part = buffer[: min(buffer.numel(), piece.size - start)]
-                view = bytes_of(part)
-                piece.stream.read_into(view, piece.start + start)
-                yield view if wanted == stored.dtype else bytes_of(part.view(stored.dtype).to(wanted))
+        step = max(8, min(chunk_bytes, AHEAD_BYTES, _bytes(stored) + 7) // 8 * 8)  # cuts no element of any dtype
+        jobs = [(piece, at, min(step, piece.size - at)) for piece in stored.pieces for at in range(0, piece.size, step)]
+        buffers = [torch.empty(step, dtype=torch.uint8) for _ in jobs[:2]]
+
+        def fill(index: int) -> memoryview:
+            piece, at, size = jobs[index]
+            part = buffers[index % 2][:size]
+            piece.stream.read_into(bytes_of(part), piece.start + at)
+            return bytes_of(part if wanted == stored.dtype else part.view(stored.dtype).to(wanted))
+
+        # The next piece is read, and its checksum followed, while the caller hashes and writes this one.
+        coming = self._reader.submit(fill, 0) if jobs else None
+        for index in range(len(jobs)):
+            assert coming is not None
+            view = coming.result()
+            if index + 1 < len(jobs):
+                coming = self._reader.submit(fill, index + 1)
+            yield view
 
     def finish(self) -> None:
         for stream in self._files.streams.values():
             stream.finish()
 
     def close(self) -> None:
+        self._reader.shutdown()
         self._files.descriptors.close()
 
 
