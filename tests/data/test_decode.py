@@ -59,6 +59,7 @@ BOMB_TEXT = (b"zTXt", b"k\0\0" + zlib.compress(bytes(8 << 20), 1))
 WHOLE = encode(photo(6))
 
 
+@pytest.mark.fault(20, "bombs and other bad content, refused by the decoder")
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

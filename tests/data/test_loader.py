@@ -1,9 +1,11 @@
 import gc
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 
 from swin_scale.config import Augment
 from swin_scale.data import loader as loader_module
-from swin_scale.data.streams import TrainStream
+from swin_scale.data.order import batch_digest
+from swin_scale.data.streams import SkipLedger, TrainStream
 from swin_scale.errors import DataError
 from tests.data.conftest import encode, photo, write_shards
 
@@ -98,6 +101,7 @@ def bad_set(tmp_path, damage):
     return clean, write_shards(tmp_path / "bad", images, [i % 5 for i in range(40)])
 
 
+@pytest.mark.fault(17, "corrupt JPEG, HTML named .jpg, zero bytes: empty slots, nothing shifts")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_leave_holes_and_shift_nothing(tmp_path, workers):
     damage = {3: b"", 11: b"<html>", 12: encode(photo(12))[:-200], 39: b"\x89PNG\r\n\x1a\n" + bytes(40)}
@@ -119,12 +123,63 @@ def test_bad_samples_leave_holes_and_shift_nothing(tmp_path, workers):
     assert records[12].source == str(bad.directory)
 
 
+@pytest.mark.fault(18, "a shard missing at run time")
 def test_a_missing_shard_ends_the_run(tmp_path):
     clean, _ = bad_set(tmp_path, {})
     stream = TrainStream([clean], **RECIPE)
     clean.path(2).unlink()
     with stream.batches(workers=2) as batches, pytest.raises(DataError, match=r"train-000002\.tar.*No such file"):
         list(batches)
+
+
+@pytest.mark.fault(17, "bad samples of two epochs, and a resume in the middle: the same ones, counted by shard")
+def test_bad_samples_are_the_same_after_a_resume(tmp_path):
+    """A cut file, one whose damage lies in its last rows, HTML, zero bytes: the same verdict for every crop of it."""
+    damage = {3: b"", 11: b"<html>", 12: encode(photo(12))[:-200], 25: encode(photo(25))[:-2], 26: b"GIF89a"}
+    _, bad = bad_set(tmp_path, damage)
+    stream = TrainStream([bad], **RECIPE)
+    whole = [batch.skipped for batch in stream.batches(stop_step=8)]
+    for start in (1, 4, 7):
+        with stream.batches(start, stop_step=8, workers=2) as batches:
+            assert [batch.skipped for batch in batches] == whole[start:]
+    assert Counter(record.id for skipped in whole for record in skipped) == dict.fromkeys(damage, 2)
+    ledger = SkipLedger(tmp_path / "skipped.jsonl", max_rate=0.1, tolerated=4)
+
+    def count() -> None:
+        for step, skipped in enumerate(whole):
+            ledger.add(step, step // 4, 12, skipped)
+
+    with pytest.raises(DataError, match=r"max_bad_rate 0\.1.*Most, \d, are in .*/bad/train-00000[12]\.tar") as caught:
+        count()
+    assert caught.value.exit_code == 3 and ledger.bad == sum(ledger.by_shard.values()) > 4
+    assert set(ledger.by_shard) <= {(str(bad.directory), f"train-00000{i}.tar") for i in range(3)}
+    ledger.close()
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == ledger.bad
+
+
+@pytest.mark.fault(19, "1 shard, and 3 uneven ones, for 4 ranks of 3 workers: split by sample")
+@pytest.mark.parametrize("sizes", [[24], [1, 19, 4]])
+def test_fewer_and_uneven_shards_are_split_by_sample(tmp_path, sizes):
+    images = [encode(photo(seed)) for seed in range(24)]
+    firsts = np.cumsum([0, *sizes])
+    parts = [
+        write_shards(tmp_path / str(i), images[a:b], [0] * (b - a), per_shard=24)
+        for i, (a, b) in enumerate(itertools.pairwise(firsts))
+    ]
+    stream = TrainStream(parts, **RECIPE)
+    with stream.batches(stop_step=4) as batches:
+        alone = list(batches)
+    digests = [batch_digest(batch.ids) for batch in alone]
+    for workers in (0, 3):
+        ranks = []
+        for rank in range(4):
+            with stream.batches(stop_step=4, rank=rank, world=4, workers=workers) as batches:
+                ranks.append(list(batches))
+        assert {len(batches) for batches in ranks} == {4}
+        assert [batch_digest(torch.cat([part.ids for part in parts])) for parts in zip(*ranks)] == digests
+        for whole, parts in zip(alone, zip(*ranks)):
+            assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert sorted(torch.cat([batch.ids for batch in alone[:2]]).tolist()) == list(range(24))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

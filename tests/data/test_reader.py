@@ -68,6 +68,7 @@ def test_content_errors_cost_one_sample(shards, field, value, reason):
     assert reader.read(8).label == 3
 
 
+@pytest.mark.fault(18, "a tar cut, and one removed, under a reader: exit 3 naming it")
 def test_missing_and_short_files_end_the_run(tmp_path):
     one = write_shards(tmp_path, [encode(photo(i)) for i in range(4)], [0] * 4, per_shard=2)
     reader = ImageReader([one], retry_delays_s=(0.0, 0.0))
@@ -79,6 +80,7 @@ def test_missing_and_short_files_end_the_run(tmp_path):
         reader.read(2)
 
 
+@pytest.mark.fault(18, "I/O errors that pass are retried")
 def test_passing_io_errors_are_retried(shards, monkeypatch):
     real, failures = os.pread, [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
 
@@ -93,6 +95,7 @@ def test_passing_io_errors_are_retried(shards, monkeypatch):
     assert not failures and len(reader._open) == 1
 
 
+@pytest.mark.fault(24, "URLs in data.train")
 @pytest.mark.parametrize("path", ["pipe:cat /etc/passwd", "http://host/a", "s3://bucket", "file:/data", "PIPE:true"])
 def test_urls_are_refused(path):
     with pytest.raises(UserError, match=r"data\.train.*is a URL"):
@@ -108,6 +111,7 @@ def test_label_spaces_must_agree(tmp_path, shards, other_shards):
         open_shard_sets([], key="data.val")
 
 
+@pytest.mark.fault(17, "missing and wrong labels: refused at start")
 @pytest.mark.parametrize(("label", "message"), [(-1, "1 samples have no label"), (5, "label 5 is out of range")])
 def test_labels_are_checked(shards, label, message):
     index = shards.index.copy()
@@ -129,3 +133,26 @@ def test_rows_that_point_nowhere_end_the_run(shards, field, value):
     reader.read_ahead(np.arange(10))
     with pytest.raises(DataError, match="row 7 of the index points outside its shard"):
         reader.read(7)
+
+
+@pytest.mark.fault(18, "a damaged tar header under a reader: costs nothing, the index leads to the bytes")
+def test_damaged_headers_cost_the_reader_nothing(tmp_path):
+    one = write_shards(tmp_path, [encode(photo(i)) for i in range(3)], [0] * 3)
+    data = bytearray(one.path(0).read_bytes())
+    for offset in one.index["offset"].tolist():
+        data[offset - 512 : offset] = os.urandom(512)
+    one.path(0).write_bytes(data)
+    reader = ImageReader([one])
+    assert [reader.read(i).data for i in range(3)] == [encode(photo(i)) for i in range(3)]
+    assert [reader.read_key(i) for i in range(3)] == ["row 0", "row 1", "row 2"]
+
+
+@pytest.mark.fault(18, "I/O errors that stay: exit 3 naming the shard")
+def test_lasting_io_errors_end_the_run(shards, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"train-000000\.tar, byte \d+: Input/output error \(3 attempts\)") as caught:
+        ImageReader([shards], retry_delays_s=(0.0, 0.0)).read(5)
+    assert caught.value.exit_code == 3

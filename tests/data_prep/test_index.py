@@ -109,6 +109,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.fault(21, "../, absolute, links, devices, pipes, sparse, 10 GB claims: refused when indexed")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_tars_are_refused_and_nothing_is_written(tmp_path, name):
     add, message = HOSTILE[name]
@@ -130,6 +131,7 @@ def tree_of(root: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
+@pytest.mark.fault(21, "a million members")
 def test_a_million_members_are_refused(tmp_path, monkeypatch):
     assert tars.MAX_MEMBERS < 1_000_000
     limit = 2000  # the real limit takes seconds to walk
@@ -143,6 +145,7 @@ def test_a_million_members_are_refused(tmp_path, monkeypatch):
             pass
 
 
+@pytest.mark.fault(18, "truncated tar, refused when indexed")
 @pytest.mark.parametrize("keep", [0, 100, 512, 700, 5000])
 def test_truncated_tars_are_refused(written, tmp_path, keep):
     data = (written / "shard-000000.tar").read_bytes()
@@ -151,6 +154,7 @@ def test_truncated_tars_are_refused(written, tmp_path, keep):
         index_shards(tmp_path, workers=1)
 
 
+@pytest.mark.fault(17, "wrong label: refused when indexed")
 def test_labels_outside_the_classes_and_json_that_is_none(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         good(tar, "a", b"7")

@@ -209,6 +209,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault(17, "corrupt, HTML, empty and other bad images in a source, left out and listed")
 def test_unreadable_images_are_listed_and_only_shorten_their_shard(tree, written, tmp_path):
     root = tmp_path / "tree"
     shutil.copytree(tree, root)
@@ -248,6 +249,7 @@ except BadImageError as error:
 """
 
 
+@pytest.mark.fault(20, "65k x 65k PNG, checked under a ceiling on all memory")
 @pytest.mark.parametrize("side", [9_500, 65_000])
 def test_bombs_are_refused_under_a_memory_ceiling(side):
     result = subprocess.run(
