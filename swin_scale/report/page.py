@@ -37,6 +37,7 @@ ENDS: Mapping[int, tuple[str, str]] = {
 LISTED_EVENTS = 200
 LISTED_SHARDS = 50
 
+_NUMBERS = ("step", "top-1, %", "top-5, %", "loss", "samples", "unusable samples")
 _Cells = Sequence[object]
 
 
@@ -124,7 +125,9 @@ def _summary(history: History) -> str:
 
 
 def _wall(history: History) -> str:
-    """From the first event to the recorded end, breaks between runs included."""
+    """From the first start to the last thing recorded, breaks between runs included."""
+    if not history.named("start"):
+        return ""
     times = [number(row.get("time")) for row in (*history.events, history.exit or {})]
     times = [moment for moment in times if moment == moment]
     return f"{_duration(max(times) - min(times))} on the wall" if len(times) > 1 else ""
@@ -242,7 +245,7 @@ def _environment(history: History) -> str:
 def _section(title: str, heads: Sequence[str], rows: Sequence[_Cells], *, note: str = "") -> str:
     if not rows:
         return ""
-    numeric = [at for at, head in enumerate(heads) if head in ("step", "top-1, %", "top-5, %", "loss", "samples")]
+    numeric = [at for at, head in enumerate(heads) if head in _NUMBERS]
     told = f'<p class="note">{escape(note)}</p>' if note else ""
     return f"<h2>{escape(title)}</h2>{told}{_table(heads, rows, numeric=numeric)}"
 

@@ -23,7 +23,7 @@ header p{margin:0;color:var(--soft);flex-basis:100%;overflow-wrap:anywhere}
 margin:18px 0 0;overflow-wrap:anywhere}
 .facts{display:flex;flex-wrap:wrap;gap:12px;margin:20px 0 0}
 .facts div,figure,.table{background:var(--card);border:1px solid var(--rule);border-radius:10px}
-.facts div{flex:1 1 128px;padding:10px 14px;min-width:0}
+.facts div{flex:1 1 128px;max-width:240px;padding:10px 14px;min-width:0}
 dt{color:var(--soft);font-size:.8rem}
 dd{margin:0;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 dd small{display:block;font-size:.8rem;font-weight:400;color:var(--soft)}
