@@ -27,6 +27,7 @@ from swin_scale.engine.optim import build_optimizer, describe_groups, param_grou
 from swin_scale.engine.schedule import Schedule
 from swin_scale.errors import UserError
 from swin_scale.models.init import initial_values
+from swin_scale.models.swin import Swin
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,7 +94,7 @@ class Engine:
         with warnings.catch_warnings(), _silent_stdout():
             warnings.simplefilter("ignore")
             if any(parameter.is_meta for parameter in model.parameters()):
-                assert stage == 3, "only ZeRO-3 takes a model on the meta device"
+                assert stage == 3 and isinstance(model, Swin), "only ZeRO-3 takes a model on the meta device"
                 values = values or initial_values(model, config.run.seed)
                 materialize(deepspeed, model, values, dtype=self.dtype, device=dist.device, rank=dist.rank)
                 model.rebuild_buffers(dist.device)

@@ -104,15 +104,17 @@ class ShardedFragments(Fragments):
     """Stage 3: every parameter is cut evenly over the ranks, the last part padded; padding is never saved or read."""
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        return tuple(parameter.ds_shape)
+        cut: Any = parameter
+        return tuple(cut.ds_shape)
 
     def pieces(self) -> list[Piece]:
         zero, state = self._optimizer, self._base.state
         names = moment_names(self._base)
         found = []
         for name, parameter in self._module.named_parameters():
-            start = parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_rank
-            length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
+            cut: Any = parameter
+            start = cut.ds_tensor.ds_numel * cut.ds_zero_partition_rank
+            length = min(cut.ds_tensor.ds_numel, cut.ds_numel - start)
             if length <= 0:
                 continue
             if parameter.requires_grad:
@@ -122,7 +124,7 @@ class ShardedFragments(Fragments):
                 master = flat.detach().narrow(0, offset, length)
                 moments = {kind: entry[kind].narrow(0, offset, length) for kind in names if kind in entry}
             else:
-                master, moments = parameter.ds_tensor.narrow(0, 0, length), {}
+                master, moments = cut.ds_tensor.narrow(0, 0, length), {}
             found.append(Piece(name=name, parameter=parameter, start=start, master=master, moments=moments))
         return found
 
@@ -136,7 +138,8 @@ class ShardedFragments(Fragments):
         """Write `sources` into the parts that parameters are gathered from; gathered ones are let go before."""
         self._optimizer.parameter_offload.partition_all_parameters()
         for piece, source in zip(self.pieces(), sources, strict=True):
-            piece.parameter.ds_tensor.data[: source.numel()].copy_(source)
+            cut: Any = piece.parameter
+            cut.ds_tensor.data[: source.numel()].copy_(source)
 
 
 FRAGMENTS: Mapping[int, type[Fragments]] = {

@@ -4,22 +4,29 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from swin_scale.engine.fragments import import_deepspeed
 from swin_scale.errors import UserError
-from tests.engine.test_engine import make_config, make_engine, train
+from tests.engine.test_engine import RESIDENT, make_config, make_engine, train
 from tests.spawn import spawn_dist
 
 
 @pytest.mark.parametrize(
     ("stage", "precision", "micro", "kind"),
-    [(1, "fp32", "auto", "DeepSpeedZeroOptimizer"), (1, "bf16", 2, "BF16_Optimizer")],
+    [
+        (0, "fp32", "auto", "GuardedAdamW"),
+        (1, "fp32", "auto", "DeepSpeedZeroOptimizer"),
+        (1, "bf16", 2, "BF16_Optimizer"),
+        (3, "fp32", "auto", "DeepSpeedZeroOptimizer_Stage3"),
+        (3, "bf16", 2, "DeepSpeedZeroOptimizer_Stage3"),
+    ],
 )
 def test_private_names_hold_the_whole_state(stage, precision, micro, kind):
-    """Two ranks' pieces tile every parameter once, and both moments of every group are linked."""
+    """Three ranks' pieces tile every parameter once, and both moments of every group are linked."""
     config = make_config(engine={"zero_stage": stage, "precision": precision}, train={"micro_batch": micro})
     covered: dict[str, np.ndarray] = {}
-    for optimizer, pieces, shapes in spawn_dist(2, contract_case, config):
+    for optimizer, pieces, shapes in spawn_dist(3, contract_case, config):
         assert optimizer == kind
         for name, start, length, moments, dtype in pieces:
             covered.setdefault(name, np.zeros(shapes[name], int).reshape(-1))[start : start + length] += 1
@@ -37,8 +44,33 @@ def contract_case(dist, config):
         (p.name, p.start, p.master.numel(), list(p.moments), str(p.master.dtype)) for p in engine.fragments.pieces()
     ]
     assert "torch._inductor.compile_fx" not in sys.modules
-    shapes = {name: tuple(p.shape) for name, p in engine.module.named_parameters()}
+    shapes = {name: engine.fragments.shape(p) for name, p in engine.module.named_parameters()}
     return type(engine._zero).__name__, pieces, shapes
+
+
+def test_zero_3_keeps_parts_and_gathers_where_asked():
+    """On the meta device before, cut after; small ones stay; nothing of torch is replaced."""
+    for parts, filled, gathered, output in spawn_dist(3, parts_case, make_config(engine={"zero_stage": 3})):
+        for full, part, kept in parts:
+            assert part == -(-full // 3)
+            assert kept == (full if full <= RESIDENT else 0)
+        assert set(filled) == {0}
+        assert gathered
+        assert np.isfinite(output).all()
+
+
+def parts_case(dist, config):
+    original = torch.nn.functional.linear
+    engine, plan = make_engine(dist, config)
+    train(engine, plan, dist, 0, 1)
+    parameters = list(engine.module.parameters())
+    parts = [(p.ds_numel, p.ds_tensor.numel(), p.numel()) for p in parameters]
+    engine.fragments._publish()
+    filled = [p.numel() for p in parameters]
+    with engine.evaluating() as module:
+        output = module(torch.zeros(2, 3, 32, 32)).numpy()
+    assert torch.nn.functional.linear is original
+    return parts, filled, any(p.numel() for p in parameters), output
 
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0.0"])
