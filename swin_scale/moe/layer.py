@@ -1,0 +1,80 @@
+"""The MoE layer that takes the place of a block's MLP."""
+
+from torch import Generator, Tensor, nn
+from torch.distributed import ProcessGroup
+
+from swin_scale.errors import UserError
+from swin_scale.moe.config import MoEConfig
+from swin_scale.moe.dispatch import forward_experts
+from swin_scale.moe.experts import Experts
+from swin_scale.moe.router import Router
+from swin_scale.moe.stats import RoutingStats
+
+
+class MoEMlp(nn.Module):
+    """(..., dim) to (..., dim) through a mixture of experts of `hidden` units each.
+
+    `ep_group`: the ranks that share one set of experts, rank p holding the p-th run of num_experts / size of them; None
+    keeps all here. `aux_group`: the ranks over whose tokens the auxiliary loss is taken, None for this rank's alone.
+    Over a group, each rank's loss must carry the auxiliary loss at the same weight and gradients must be averaged, as
+    data parallelism does; the gradient is then that of the loss over all tokens. Parameters are named as Tutel's:
+    `_moe_layer.experts.batched_fc1_w`, `_moe_layer.gates.0.wg.weight` and so on; see `Experts` and `Router`.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        dim: int,
+        hidden: int,
+        *,
+        ep_group: ProcessGroup | None = None,
+        aux_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.aux_group = aux_group
+        self._moe_layer = MoELayer(config, dim, hidden, ep_group)
+
+    def forward(self, x: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor, RoutingStats]:
+        """The output in x's shape and dtype, the weighted auxiliary loss (0-d, fp32 or wider), and the routing.
+
+        Gate noise comes from `generator` or, if None, torch's default one.
+        """
+        y, aux, stats = self._moe_layer(x.flatten(0, -2), self.aux_group, generator)
+        return y.view(x.shape), aux, stats
+
+    @property
+    def experts(self) -> Experts:
+        """The experts this rank holds."""
+        return self._moe_layer.experts
+
+    @property
+    def num_local_experts(self) -> int:
+        return len(self.experts.batched_fc1_w)
+
+
+class MoELayer(nn.Module):
+    """Gate and experts, under the names Tutel gives them."""
+
+    def __init__(self, config: MoEConfig, dim: int, hidden: int, ep_group: ProcessGroup | None) -> None:
+        super().__init__()
+        size, rank = (1, 0) if ep_group is None else (ep_group.size(), ep_group.rank())
+        num_local = local_experts(config.num_experts, size)
+        self.chunks = config.a2a_chunks
+        self.ep_group = ep_group if size > 1 else None
+        self.experts = Experts(num_local, rank * num_local, dim, hidden, config.drop, config.fc2_bias)
+        self.gates = nn.ModuleList([Router(config, dim)])
+
+    def forward(
+        self, x_TD: Tensor, aux_group: ProcessGroup | None, generator: Generator | None
+    ) -> tuple[Tensor, Tensor, RoutingStats]:
+        routing, aux, stats = self.gates[0](x_TD, aux_group, generator)
+        return forward_experts(x_TD, routing, self.experts, self.ep_group, self.chunks), aux, stats
+
+
+def local_experts(num_experts: int, ep_size: int) -> int:
+    """Experts per rank; UserError where they do not divide."""
+    if num_experts % ep_size:
+        divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+        raise UserError(f"moe.ep_size {ep_size} does not divide moe.experts {num_experts}; choose one of {divisors}")
+    return num_experts // ep_size
