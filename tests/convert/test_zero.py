@@ -45,7 +45,7 @@ def test_the_same_bits_as_zero_to_fp32(checkpoints, tmp_path, world, run):
     path = checkpoints / str(world) / run
     convert_zero_checkpoint_to_fp32_state_dict(str(path), str(tmp_path / "theirs"))
     theirs = torch.load(tmp_path / "theirs" / "pytorch_model.bin")
-    if run in ("stage1", "aligned"):  # lists frozen parameters nowhere; its script leaves them out, the model file has them
+    if run in ("stage1", "aligned"):  # frozen parameters are listed nowhere and left out there; the model file has them
         theirs["frozen.weight"] = zero_worker.Odd().frozen.weight.detach().bfloat16().float()
     report = convert(path, tmp_path / "ours.safetensors", to="safetensors", model=NANO if run == "swin" else None)
     ours = safetensors.torch.load_file(tmp_path / "ours.safetensors")
