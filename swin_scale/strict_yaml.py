@@ -9,7 +9,9 @@ import yaml
 
 from swin_scale.errors import UserError
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 18
+MAX_DEPTH = 64
+"""Levels of nesting; the parser's time grows with their square."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,11 +51,15 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse one YAML document without tags, aliases or duplicate keys; raises UserError naming `where`."""
+    """Parse one YAML document without tags, aliases, duplicate keys or great depth; raises UserError naming `where`."""
     if len(text) > MAX_CONFIG_BYTES:
         raise UserError(f"{where} has {len(text)} characters; a config has at most {MAX_CONFIG_BYTES}")
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"{where} is nested deeper than {MAX_DEPTH} levels")
             place = f"{where}, line {event.start_mark.line + 1}" if event.start_mark else where
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(f"{place}: YAML aliases are not allowed; use base:")

@@ -6,37 +6,37 @@ ranks, finds the checkpoint to resume from, wraps the model, and loops: batch ->
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import logging
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 import xxhash
 
-from swin_scale.checkpoint import Checkpoint
+from swin_scale.checkpoint import SMALL_FILES, Checkpoint, checkpoint_bytes, list_steps, shortage
 from swin_scale.config import BatchPlan, Config, batch_plan
 from swin_scale.config_load import LoadedConfig, config_from_text, diff_configs
-from swin_scale.convert import load_weights
 from swin_scale.data import Batch, EvalStream, TrainStream, draw_mix, finish, mix_batch, open_shard_sets
+from swin_scale.engine.construct import build_model
 from swin_scale.engine.dist import Dist, init, peer_loss
 from swin_scale.engine.engine import Engine, MicroBatch
 from swin_scale.engine.layout import read_env
 from swin_scale.engine.losses import smooth_targets
 from swin_scale.engine.record import StepLog
-from swin_scale.engine.saving import newest_good, save
+from swin_scale.engine.saving import load_survived, loading, newest_good, save
 from swin_scale.engine.schedule import Schedule
 from swin_scale.errors import CheckpointError, DivergedError, SwinScaleError, UserError
 from swin_scale.evaluate import evaluate
-from swin_scale.files import write_atomic
 from swin_scale.log import setup_logging
 from swin_scale.models import Variant, create_model, flops, variant
+from swin_scale.report import environment, write_report
+from swin_scale.run_dir import ExitRecord, take, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -136,14 +136,30 @@ def run(loaded: LoadedConfig, *, allow_change: bool = False) -> int:
     run_dir = Path(config.run.dir)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.engine.threads or max(1, cores // layout.local_world))
-    with ExitRecord(run_dir, layout.rank), init(layout, timeout_s=config.engine.timeout_s) as dist:
-        if dist.is_main:
-            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        dist.barrier("run directory")
+    with contextlib.ExitStack() as stack:
+        refusal = take(run_dir, stack) if layout.rank == 0 else None
+        if layout.rank == 0 and refusal is None:
+            stack.callback(_report, run_dir)
+        record = stack.enter_context(ExitRecord(run_dir, layout.rank))
+        if layout.rank == 0 and refusal is None:
+            record.start()
+        dist = stack.enter_context(init(layout, timeout_s=config.engine.timeout_s))
+        refusal = dist.broadcast_json("run directory", refusal)
+        if refusal is not None:
+            raise UserError(refusal)
+        record.start()
         setup_logging(run_dir, dist.rank, console=dist.is_main)
         with peer_loss("training"):
             _train(job, dist, allow_change)
     return 0
+
+
+def _report(run_dir: Path) -> None:
+    """The run as one page, whatever its end was; a page that cannot be written fails nothing."""
+    try:
+        write_report(run_dir)
+    except (OSError, UserError) as error:
+        logger.warning("no report: %s", error)
 
 
 def _train(job: Job, dist: Dist, allow_change: bool) -> None:
@@ -153,32 +169,67 @@ def _train(job: Job, dist: Dist, allow_change: bool) -> None:
     if checkpoint is not None:
         _check_resume(checkpoint, job, allow_change)
     if dist.is_main:
-        write_atomic(run_dir / "config.yaml", job.config_text.encode())
-    model = create_model(config.model.name, seed=config.run.seed, **job.model["overrides"])
-    if checkpoint is None and config.init.weights:
-        logger.info("%s", load_weights(model, config.init.weights, head=config.init.head))
+        write_config(run_dir, job.config_text)
+    weights = config.init.weights if checkpoint is None else None
+    model, values = build_model(config, dist, job.model["overrides"], weights)
     schedule = Schedule.from_config(config, job.stream.steps_per_epoch)
-    engine = Engine(model, config, plan, schedule, dist)
+    engine = Engine(model, config, plan, schedule, dist, values)
     logger.info("%s", engine.groups_table)
     macs = flops(architecture(job))
-    with StepLog(run_dir, config, job.stream, dist, total_steps=job.stop_step, flops_per_image=macs) as log:
+    with contextlib.ExitStack() as stack:
+        log = StepLog(run_dir, config, job.stream, dist, total_steps=job.stop_step, flops_per_image=macs)
+        stack.enter_context(log)
         step = 0
         if checkpoint is not None:
-            with checkpoint:
-                engine.load(checkpoint, checkpoint.state)
+            stack.enter_context(loading(run_dir / "checkpoints", dist, checkpoint.step))
+            _restore(checkpoint, engine, log)
             step = checkpoint.step
-            log.restore(checkpoint.state)
             logger.info("resumed from %s", checkpoint.path)
+        log.event("start", step, environment=_environment(dist), checkpoint=checkpoint and checkpoint.path.name)
         for what in damage:
             log.event("fell_back", step, problem=what)
-        step = _loop(job, dist, engine, log, step)
+        _check_space(job, dist, engine, log, step)
+        step = _loop(job, dist, engine, log, step, checkpoint)
     logger.info("done: %d steps", step)
 
 
-def _loop(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> int:
+def _environment(dist: Dist) -> dict[str, str]:
+    device = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "CPU"
+    return environment(ranks=dist.world, nodes=dist.world // dist.local_world, device=device)
+
+
+def _restore(checkpoint: Checkpoint, engine: Engine, log: StepLog) -> None:
+    try:
+        with checkpoint:
+            engine.load(checkpoint, checkpoint.state)
+        log.restore(checkpoint.state)
+        float(checkpoint.state.get("elapsed_s", 0.0))  # for `Saver`
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, SwinScaleError):
+            raise
+        # Every digest is right, so whoever wrote it meant something else than this version reads.
+        raise CheckpointError(f"{checkpoint.path} cannot be resumed: {type(error).__name__}: {error}") from error
+
+
+def _check_space(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> None:
+    """Warn while there is time when the disk will not hold the checkpoints that are kept and the one being written."""
+    config, root = job.config, Path(job.config.run.dir) / "checkpoints"
+    moments = {"adamw": 2, "sgd": 1}[config.optim.name]
+    size = checkpoint_bytes(engine.parameters_table(), moments=moments, ema=config.optim.ema_decay > 0)
+    lack = None
+    if dist.is_main:
+        more = config.checkpoint.keep + 1 - len(list_steps(root))
+        lack = shortage(root, size=size, files=dist.world + SMALL_FILES, checkpoints=max(1, more))
+    lack = dist.broadcast_json("space", lack)
+    if lack is not None:
+        logger.warning("%s", lack)
+        log.event("low_space", step, problem=lack)
+
+
+def _loop(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int, resumed: Checkpoint | None) -> int:
     """Steps `step` to the last; returns the number of steps done."""
     config, stream = job.config, job.stream
-    saver = Saver(job, dist, engine, log)
+    saver = Saver(job, dist, engine, log, resumed)
     batches = stream.batches(
         step,
         stop_step=job.stop_step,
@@ -196,6 +247,9 @@ def _loop(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> int:
                 log.first_batch(batch.images)
             result = engine.train_step(batch.step, micro_batches(batch, job, engine), int(batch.valid.sum()))
             step = batch.step + 1
+            if resumed is not None and step == resumed.step + 1:
+                float(result.loss)  # waits for the device: the step has been done, not only asked for
+                load_survived(saver.root, dist, resumed.step)
             log.add(batch, result)
             if log.skips_in_a_row >= config.train.max_skips:
                 log.flush()
@@ -214,6 +268,8 @@ def _loop(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> int:
                 evaluated = _evaluate(job, dist, engine, log, step)
     if saver.saved_step != step:
         saver.save(step, final=True)
+    elif resumed is not None and step == resumed.step:
+        load_survived(saver.root, dist, step)  # nothing was left to do
     if job.val and evaluated != step:
         _evaluate(job, dist, engine, log, step)
     return step
@@ -247,10 +303,12 @@ def micro_batches(batch: Batch, job: Job, engine: Engine) -> Iterator[MicroBatch
 class Saver:
     """When to save, by steps and by minutes, and the save itself."""
 
-    def __init__(self, job: Job, dist: Dist, engine: Engine, log: StepLog) -> None:
+    def __init__(self, job: Job, dist: Dist, engine: Engine, log: StepLog, resumed: Checkpoint | None) -> None:
         self._job, self._dist, self._engine, self._log = job, dist, engine, log
+        self.root = Path(job.config.run.dir) / "checkpoints"
         self._last = time.monotonic()
-        self.saved_step = -1
+        self._start = self._last - float(resumed.state.get("elapsed_s", 0.0) if resumed else 0.0)
+        self.saved_step = resumed.step if resumed else -1
 
     def time_is_up(self) -> bool:
         """By this rank's clock; `StepLog.flush` takes rank 0's word for all."""
@@ -262,21 +320,25 @@ class Saver:
         return every is not None and step % every == 0
 
     def save(self, step: int, *, final: bool = False) -> None:
-        """Save all ranks' state. A failed save is an event and training goes on, unless it is the last one."""
+        """Save all ranks' state. A failed save is an event and training goes on, unless it is the last one.
+
+        ``elapsed_s`` is the time spent training, by a clock that never jumps, summed over restarts.
+        """
         job, config = self._job, self._job.config
         # Rows first: every step up to a committed checkpoint has its row, whatever happens next.
         self._log.flush()
         self._last = time.monotonic()
         try:
             path = save(
-                Path(config.run.dir) / "checkpoints",
+                self.root,
                 self._engine,
                 self._dist,
                 step=step,
-                state={**self._log.state(), **cursor(job, step)},
+                state={**self._log.state(), **cursor(job, step), "elapsed_s": round(self._last - self._start, 3)},
                 config_text=job.config_text,
                 model=job.model,
                 keep=config.checkpoint.keep,
+                keep_every_hours=config.checkpoint.keep_every_hours,
             )
         except CheckpointError as error:
             if final:
@@ -303,7 +365,11 @@ def cursor(job: Job, step: int) -> dict[str, Any]:
 
 def _check_resume(checkpoint: Checkpoint, job: Job, allow_change: bool) -> None:
     """Compare config and data with the checkpoint's; raises UserError for what may not change (without the flag)."""
-    changes = diff_configs(config_from_text(checkpoint.config_text, f"{checkpoint.path}/config.yaml"), job.config)
+    try:
+        before_config = config_from_text(checkpoint.config_text, f"{checkpoint.path}/config.yaml")
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    changes = diff_configs(before_config, job.config)
     for change in changes:
         logger.info("config change: %s", change)
     refused = [str(c) for c in changes if c.grade == "impossible" or (c.grade != "safe" and not allow_change)]
@@ -325,29 +391,3 @@ def _evaluate(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> 
             figures = evaluate(module, job.val, dist, dtype=engine.dtype, workers=job.config.data.workers)
         log.event("eval", step, weights="ema" if ema else "master", **figures)
     return step
-
-
-class ExitRecord:
-    """``exit.json``: how the run ended, written by the rank that failed first, or by rank 0 when all is done."""
-
-    def __init__(self, run_dir: Path, rank: int) -> None:
-        self._path, self._rank = run_dir / "exit.json", rank
-
-    def __enter__(self) -> ExitRecord:
-        if self._rank == 0:
-            self._path.unlink(missing_ok=True)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        code = error.exit_code if isinstance(error, SwinScaleError) else int(error is not None)
-        if error is None and self._rank != 0:
-            return
-        body = {"code": code, "rank": self._rank, "cause": f"{kind.__name__}: {error}" if kind else "done"}
-        if error is not None:
-            logger.error("%s", body["cause"], exc_info=not isinstance(error, SwinScaleError))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(self._path, "x", encoding="utf-8") as file:
-                json.dump({**body, "time": time.time()}, file)
-        except FileExistsError:
-            logger.debug("another rank recorded the first cause")

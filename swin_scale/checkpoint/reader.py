@@ -30,6 +30,13 @@ from swin_scale.checkpoint.tensorfile import CHUNK_BYTES, DTYPES, hash_file, rea
 from swin_scale.errors import CheckpointError
 
 _STEP = re.compile(r"step_(\d{8,})")
+_DESCR = re.escape(repr(np.lib.format.dtype_to_descr(FRAGMENT_DTYPE)))
+_TABLE = re.compile(
+    rf"\x93NUMPY\x01\x00(..)\{{'descr': {_DESCR}, 'fortran_order': False, 'shape': \((\d{{1,18}}),\), \}} *\n".encode(
+        "latin-1"
+    ),
+    re.DOTALL,
+)
 _OPEN_FILES = 64
 _DTYPES = tuple(DTYPES.values())
 
@@ -218,15 +225,23 @@ def _load_text(path: Path) -> str:
 
 
 def _load_table(path: Path) -> np.ndarray:
-    # `np.load` would also open zip archives and pickles; this reads one format, and refuses objects by their header.
+    """The table as `np.save` wrote it.
+
+    `np.load` would also open archives and pickles, and evaluates headers: this knows the one header there can be.
+    """
     try:
-        table = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, TypeError, EOFError, OSError, OverflowError, MemoryError, RecursionError, SyntaxError) as error:
-        raise CheckpointError(f"{path} is not a fragment table: {str(error)[:200]}") from error
-    if table.dtype != FRAGMENT_DTYPE or table.ndim != 1:
-        found = f"{str(table.dtype)[:80]} of shape {table.shape}"
-        raise CheckpointError(f"{path} holds {found}, expected 1-D {FRAGMENT_DTYPE}")
-    return np.array(table)
+        with open(path, "rb") as file:
+            found = _TABLE.match(file.read(10 + 0xFFFF))
+            size = os.fstat(file.fileno()).st_size
+            if found is None or found.end() != 10 + int.from_bytes(found[1], "little"):
+                raise CheckpointError(f"{path} is not a fragment table: its header is another one")
+            rows = int(found[2])
+            if found.end() + rows * FRAGMENT_DTYPE.itemsize != size:
+                raise CheckpointError(f"{path} is not a fragment table: {rows} rows do not fill its {size} bytes")
+            file.seek(found.end())
+            return np.fromfile(file, FRAGMENT_DTYPE, rows)
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _check_ranges(table: np.ndarray, manifest: Manifest, directory: Path) -> None:

@@ -145,6 +145,7 @@ def test_a_save_of_the_same_step_replaces_the_older_one(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
 
 
+@pytest.mark.fault(6, "ENOSPC from write and from rename")
 def test_full_disk_fails_cleanly_and_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1, cut(make_tensors(), 2))
     temporary = begin(tmp_path, 2)
@@ -183,6 +184,7 @@ def damage(path, how, rng):
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "grow", "missing"])
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.fault(4, "every kind of file in turn: a flipped bit, cut short, grown, missing (one process)")
 def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, how):
     rng = random.Random(f"{name} {how}")
     tensors = make_tensors()
@@ -196,6 +198,7 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, how):
     assert len(reports) == 1 and reports[0][0] == newest and name in reports[0][1]
 
 
+@pytest.mark.fault(4, "every 37th bit of the manifest flipped")
 def test_every_flipped_bit_of_the_manifest_is_found(tmp_path):
     path = save(tmp_path, 10, cut(make_tensors(), 1)) / "manifest.json"
     good = path.read_bytes()
@@ -229,6 +232,7 @@ def test_prune_keeps_the_newest_and_collects_leftovers(tmp_path):
     assert prune(tmp_path / "nowhere", 2) == []
 
 
+@pytest.mark.fault(3, "all that are kept are damaged when the older ones are to be deleted")
 def test_prune_never_deletes_the_newest_good_one(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step, cut(make_tensors(), 1))
@@ -239,6 +243,7 @@ def test_prune_never_deletes_the_newest_good_one(tmp_path):
     assert newest_good(tmp_path).step == 2
 
 
+@pytest.mark.fault(3, "killed in the middle of a deletion")
 def test_a_kill_during_deletion_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path, step, cut(make_tensors(), 1))
@@ -319,11 +324,13 @@ def kill_at_random_moments(root, count, seed):
     assert last > 0
 
 
+@pytest.mark.fault(2, "a writer killed with -9 at random moments")
 def test_kill_9_leaves_a_whole_checkpoint(tmp_path):
     kill_at_random_moments(tmp_path, 10, seed=0)
 
 
 @pytest.mark.proof
+@pytest.mark.fault(2, "a writer killed with -9 at random moments")
 def test_kill_9_leaves_a_whole_checkpoint_proof(tmp_path):
     kill_at_random_moments(tmp_path, 200, seed=1)
 

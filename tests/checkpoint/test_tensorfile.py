@@ -71,6 +71,7 @@ def test_unknown_dtype_is_refused(tmp_path):
         save_safetensors(tmp_path / "f", {"w": torch.zeros(2, dtype=torch.complex64)})
 
 
+@pytest.mark.fault(6, "ENOSPC while one weight file is written")
 def test_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
     save_safetensors(tmp_path / "f", {"w": torch.ones(4)})
 
@@ -126,6 +127,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.fault(22, "hostile safetensors headers: 2^63, overlaps, holes, NaN, duplicate keys")
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_headers_are_refused_by_name(tmp_path, case):
     content, what = HOSTILE[case]
@@ -163,30 +165,44 @@ def check_mutations(tmp_path, count, seed):
         else:
             intact += 1
     assert refused + intact == count and refused > 0.9 * count
+    return refused
 
 
+@pytest.mark.fault(22, "mutated safetensors headers")
 def test_mutated_headers_never_crash(tmp_path):
     check_mutations(tmp_path, 300, seed=0)
 
 
 @pytest.mark.proof
+@pytest.mark.fault(22, "mutated safetensors headers")
 def test_mutated_headers_never_crash_proof(tmp_path):
-    check_mutations(tmp_path, 2000, seed=1)
+    refused = check_mutations(tmp_path, 2000, seed=1)
+    print(f"proof: of 2000 mutated safetensors headers {refused} refused by name, the others well-formed: no crash")  # noqa: T201
 
 
 BOMB = """
 import resource, sys
 from swin_scale.checkpoint import load_safetensors
 from swin_scale.errors import CheckpointError
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for path in sys.argv[1:]:
+
+def address_space():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+*paths, ceiling = sys.argv[1:]
+load_safetensors(paths.pop(0))  # what an honest load imports is not counted
+limit = address_space() + int(ceiling)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for path in paths:
     try:
         load_safetensors(path)
     except CheckpointError as error:
-        print(path, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, str(error)[:200])
+        print(path, str(error)[:200])
 """
+"""Every private page needs address space, so the limit is one of private memory; files that are mapped count too."""
 
 
+@pytest.mark.fault(22, "header bombs, under a ceiling of private memory")
 def test_bomb_headers_stay_under_a_memory_ceiling(tmp_path):
     length, lists, shape, huge = (tmp_path / name for name in ("length", "lists", "shape", "huge"))
     length.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{")  # a sparse file that really is that long
@@ -197,9 +213,10 @@ def test_bomb_headers_stay_under_a_memory_ceiling(tmp_path):
     os.truncate(huge, huge.stat().st_size + (1 << 42))
     costliest = b"[]," * ((MAX_HEADER_BYTES - 16) // 3)  # memory of the parsed JSON per byte
     lists.write_bytes(raw(b'{"w": [' + costliest + b"[]]}"))
-    paths = [str(path) for path in (length, shape, huge, lists)]
-    done = subprocess.run([sys.executable, "-c", BOMB, *paths], capture_output=True, text=True, timeout=120)
-    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    assert [os.path.basename(path) for path, _, _ in rows] == ["length", "shape", "huge", "lists"], done.stderr
-    grown = [int(mib) for _, mib, _ in rows]
-    assert max(grown[:3]) < 32 and grown[3] < 400, rows
+    save_safetensors(tmp_path / "good", sample_tensors())
+    for paths, mib in (((length, shape, huge), 48), ((lists,), 400)):
+        names = [str(path) for path in (tmp_path / "good", *paths)]
+        argv = [sys.executable, "-c", BOMB, *names, str(mib << 20)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+        refused = [os.path.basename(line.split()[0]) for line in done.stdout.splitlines()]
+        assert refused == [path.name for path in paths], (done.stdout, done.stderr)
