@@ -32,3 +32,12 @@ def small_disks(below: Path) -> Iterator[Callable[[str], Path]]:
     finally:
         for where in mounted:
             subprocess.run(["umount", "--lazy", where], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write to `path` until the file system has no byte left."""
+    with open(path, "wb", buffering=0) as file:
+        for size in (1 << 16, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))

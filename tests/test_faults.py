@@ -11,10 +11,12 @@ import pytest
 
 from swin_scale.checkpoint import MAX_ATTEMPTS, Checkpoint, LoadAttempts
 from swin_scale.cli import main
-from swin_scale.log import read_metrics
+from swin_scale.data.streams import SkipLedger
+from swin_scale.data.worker import Skipped
+from swin_scale.log import read_jsonl, read_metrics
 from tests import runs
 from tests.checkpoint.test_store import FILES, damage
-from tests.disks import small_disks
+from tests.disks import fill, small_disks
 
 SINGLE = {"nproc": 1, "data__workers": 0}
 
@@ -52,6 +54,7 @@ def digests(run_dir):
 # -- 4: damaged files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proof
 @pytest.mark.fault(4, "two newest checkpoints: a flipped bit in state.json, fragments.npy cut short")
 def test_two_damaged_checkpoints_are_named_and_passed_over(digits, sixteen, copy, rng):
     damage(copy / "checkpoints/step_00000016/state.json", "flip", rng)
@@ -157,6 +160,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(digits, small_disk, sixteen, 
         assert result.stderr.count("rows wait in memory") == 1 and "is written again" in result.stderr
 
 
+@pytest.mark.proof
 @pytest.mark.fault(6, "run: disk that holds one checkpoint, found before the first step and met at the second save")
 def test_a_disk_too_small_is_predicted_and_ends_in_one_message(digits, small_disk):
     disk = small_disk("size=3m")
@@ -174,6 +178,7 @@ def immutable(path, on):
     return subprocess.run(["chattr", "+i" if on else "-i", path], capture_output=True).returncode == 0
 
 
+@pytest.mark.proof
 @pytest.mark.fault(7, "run: directory of checkpoints made immutable from step 6 to 10")
 def test_a_directory_that_turns_read_only_costs_a_save(digits, tmp_path):
     run_dir = tmp_path / "run"
@@ -190,6 +195,24 @@ def test_a_directory_that_turns_read_only_costs_a_save(digits, tmp_path):
     assert failed["step"] == 8 and "Operation not permitted" in failed["problem"]
     assert runs.steps(run_dir) == [4, 12]
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.fault(6, "skipped.jsonl on a disk without room, until there is some")
+def test_the_ledger_waits_for_room(small_disk):
+    disk = small_disk("size=64k")
+    ledger = SkipLedger(disk / "skipped.jsonl", max_rate=0.5, tolerated=1000)
+    ledger.add(1, 0, 10, [record(1)])
+    fill(disk / "filler")
+    for step in range(2, 400):
+        ledger.add(step, 0, 10, [record(step)])
+    (disk / "filler").unlink()
+    ledger.close()
+    assert [row["id"] for row in read_jsonl(disk / "skipped.jsonl")] == list(range(1, 400))
+    assert ledger.bad == 399
+
+
+def record(sample):
+    return Skipped(id=sample, source="s", shard="t.tar", key=str(sample), reason="text instead of an image")
 
 
 @pytest.mark.fault(7, "run: read-only file system at the start")

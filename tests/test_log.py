@@ -1,5 +1,7 @@
 """JSON lines through kills, and where log messages go."""
 
+import errno
+import io
 import json
 import logging
 
@@ -78,3 +80,42 @@ def test_every_rank_has_its_file_and_only_the_watched_one_speaks(tmp_path, capsy
     other, own = ((tmp_path / "logs" / f"rank{rank}.log").read_text() for rank in (1, 0))
     assert other.endswith(" I rank1 swin_scale.engine: quiet 1\n") and other.count("\n") == 1
     assert own.endswith(" W rank0 somelibrary: matters\n") and own.count("\n") == 2
+
+
+@pytest.mark.fault(6, "metrics.jsonl: no room for a while, a row torn in the middle")
+def test_rows_wait_for_room_and_come_in_order(tmp_path, monkeypatch, caplog):
+    path, room = tmp_path / "metrics.jsonl", [45]
+    write = io.FileIO.write
+
+    class Disk(io.FileIO):
+        def write(self, data):
+            if room[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            count = min(room[0], len(data))
+            room[0] -= count
+            return write(self, bytes(data[:count]))
+
+    monkeypatch.setattr("builtins.open", lambda path, mode, buffering: Disk(path, "a+"))
+    with JsonLines(path) as lines:
+        for step in range(1, 6):
+            lines.write([{"step": step, "text": "0123456789"}])
+        monkeypatch.undo()
+        assert len(path.read_bytes()) == 45 and read_jsonl(path) == [{"step": 1, "text": "0123456789"}]
+        room[0] = 1 << 20
+        lines.write([{"step": 6, "text": "0123456789"}])
+        assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3, 4, 5, 6]
+    assert [r.message.partition(" ")[2][:30] for r in caplog.records] == [
+        "cannot be written (No space le", "is written again",
+    ]  # fmt: skip
+
+
+@pytest.mark.fault(6, "metrics.jsonl: no room until memory runs out of patience, then to the end")
+def test_the_oldest_rows_are_dropped_and_the_loss_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("swin_scale.log.MAX_UNWRITTEN", 1000)
+    (tmp_path / "full").symlink_to("/dev/full")
+    lines = JsonLines(tmp_path / "full")
+    for step in range(1000):
+        lines.write([{"step": step}])
+        assert len(lines._unwritten) <= 1000
+    lines.close()
+    assert "lacks its last" in caplog.records[-1].message

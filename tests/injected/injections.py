@@ -1,5 +1,6 @@
 """The faults that a run can be started with: ``FAULT=name:argument;name:argument`` (see sitecustomize.py)."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import torch
 from swin_scale.checkpoint import Checkpoint
 from swin_scale.engine import engine
 from swin_scale.engine.engine import Engine
+from tests.disks import fill
 
 RANK = int(os.environ.get("RANK", 0))
 LAST = int(os.environ.get("WORLD_SIZE", 1)) - 1
@@ -120,19 +122,12 @@ def full_disk(first, last, directory, what):
 
 
 def _fill(directory, what):
-    try:
-        if what == "inodes":
+    if what == "inodes":
+        with contextlib.suppress(OSError):
             for i in range(100_000):
                 (directory / str(i)).touch()
-        with open(directory / "filler", "wb", buffering=0) as file:
-            for size in (1 << 16, 1):
-                try:
-                    while True:
-                        file.write(bytes(size))
-                except OSError:
-                    continue
-    except OSError:
-        return
+    else:
+        fill(directory / "filler")
 
 
 def read_only(first, last, directory):
