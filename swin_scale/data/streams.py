@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,13 @@ from swin_scale.data.decode import MAX_PIXELS
 from swin_scale.data.loader import Batches, Request
 from swin_scale.data.order import BatchOrder, Source, StoredOrder, rank_slots, used_block
 from swin_scale.data.reader import check_index
+from swin_scale.data.resample import why_not_vectorised
 from swin_scale.data.worker import Recipe, Skipped
 from swin_scale.errors import DataError, UserError
 from swin_scale.log import JsonLines
 from swin_scale.shards import ShardSet
+
+_log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0
 """Silence after which loader workers count as hung; longer than any retry of the reader."""
@@ -29,6 +33,8 @@ class _Stream:
     def __init__(self, sources: Sequence[ShardSet], order: BatchOrder | StoredOrder, recipe: Recipe) -> None:
         for source in sources:
             check_index(source)
+        if (why := why_not_vectorised()) is not None:
+            _log.info("images are resized by Pillow, to the same pixels but slower: %s", why)
         self.sources = tuple(sources)
         self.order = order
         self.recipe = recipe
