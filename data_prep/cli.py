@@ -191,12 +191,14 @@ def _repair(args: argparse.Namespace) -> int:
         workers=args.workers,
         progress=_progress("repair"),
     )
-    for title, notes in (("lost", report.lost), ("mended", report.mended)):
-        for note in notes:
-            print(f"{title}: {note}")
+    for note in report.lost:
+        print(f"lost: {note}")
+    for note in report.mended:
+        print(f"{'damage' if note.key is None else 'mended'}: {note}")
     would = "would have" if args.dry_run else "has"
+    mended = sum(note.key is not None for note in report.mended)
     print(
-        f"{args.directory} {would} {report.samples} samples, {len(report.lost)} lost, {len(report.mended)} mended, "
+        f"{args.directory} {would} {report.samples} samples, {len(report.lost)} lost, {mended} mended, "
         f"{len(report.rewritten)} tars written anew"
     )
     if report.lost and not args.dry_run:

@@ -41,7 +41,7 @@ class RepairReport:
 
     lost: tuple[Note, ...]
     mended: tuple[Note, ...]
-    """Kept although something beside the image was damaged, or removed without costing a sample."""
+    """Kept although something beside the image was damaged; without a key, damage that cost no sample of itself."""
     rewritten: tuple[str, ...]
     """Tars written anew."""
     samples: int

@@ -17,7 +17,7 @@ from data_prep.tars import Sample, TarReader, parse_label
 from swin_scale.errors import DataError, UserError
 from swin_scale.shards import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, load_index, local_directory
 
-_RESTORE = "restore the shard from a copy, or write the set again"
+_RESTORE = "restore the shard from a copy, or go on without what is lost: `swin-scale shards repair`"
 _REINDEX = "re-index with `swin-scale shards index`"
 
 

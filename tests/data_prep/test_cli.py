@@ -35,6 +35,11 @@ def test_verbs_end_to_end(tree, tmp_path, capsys):
     (out / "shard-000001.tar").unlink()
     assert run("verify", out, "--workers", 1) == 3
     assert "shard-000001.tar" in capsys.readouterr().out
+    assert run("repair", out, "--dry-run", "--workers", 1) == 0
+    assert "would have" in capsys.readouterr().out and not (out / "lost.jsonl").exists()
+    assert run("repair", out, "--workers", 1) == 0
+    assert "lost: shard-000001.tar: the tar is missing" in capsys.readouterr().out and (out / "lost.jsonl").exists()
+    assert run("verify", out, "--workers", 1) == 0
 
 
 def test_val_takes_the_classes_of_train(tree, written, tmp_path):
