@@ -158,11 +158,14 @@ def _all(
 
 def _photos(folder: str | None) -> tuple[list[Image.Image], str]:
     """(RGB pictures of 500x375, what they are)."""
-    spec = importlib.util.find_spec("foolbox") if folder is None else None
-    if folder is None and spec is None:
-        return [_made_up(seed) for seed in range(20)], "made up: install foolbox or give --images for real ones"
-    # Found, not imported: only its pictures are of use.
-    where = Path(folder) if folder is not None else Path(str(spec and spec.origin)).parent / "data"
+    if folder is None:
+        # Found, not imported: only its pictures are of use.
+        spec = importlib.util.find_spec("foolbox")
+        if spec is None or not spec.submodule_search_locations:
+            return [_made_up(seed) for seed in range(20)], "made up: install foolbox or give --images for real ones"
+        where = Path(spec.submodule_search_locations[0]) / "data"
+    else:
+        where = Path(folder)
     paths = sorted(path for path in where.glob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if folder is None:
         paths = [path for path in paths if path.name.startswith("imagenet")]

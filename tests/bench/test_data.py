@@ -53,3 +53,13 @@ def test_the_bench_does_what_the_loader_does():
 def test_no_images(tmp_path):
     with pytest.raises(UserError, match=r"holds no \.jpg"):
         bench.bench_data(str(tmp_path))
+
+
+def test_photographs_of_foolbox_are_found_without_importing_it(tmp_path, monkeypatch):
+    (tmp_path / "foolbox" / "data").mkdir(parents=True)
+    (tmp_path / "foolbox" / "__init__.py").write_text("raise RuntimeError")
+    for name in ("imagenet_00_243.jpg", "mnist_00_7.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / "foolbox" / "data" / name)
+    monkeypatch.syspath_prepend(tmp_path)
+    photos, source = bench._photos(None)
+    assert [photo.size for photo in photos] == [(500, 375)] and "foolbox" in source
