@@ -80,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--model", metavar="NAME", help="the model, where the source does not tell")
     convert.set_defaults(handler=_convert)
 
+    report = verbs.add_parser("report", help="a run as one page of pictures and tables")
+    report.add_argument("run", help="run directory")
+    report.add_argument("--out", metavar="FILE", help="default: report.html in the run directory")
+    report.set_defaults(handler=_report)
+
     inspect = verbs.add_parser("inspect", help="what is in a checkpoint, a weight file, a shard set, a config")
     inspect.add_argument("path")
     inspect.set_defaults(overrides=[])
@@ -112,6 +117,15 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     train.add_argument("--activation-checkpointing", choices=("off", "block", "selective"), default="off")
     train.set_defaults(handler=_bench_train)
+    checkpoint = what.add_parser("checkpoint", help="save, load and convert against torch, safetensors and DeepSpeed")
+    checkpoint.add_argument("--params", type=float, default=300e6, help="parameters of the model")
+    checkpoint.add_argument("--rounds", type=int, default=5, help="ABBA rounds; each gives two pairs")
+    checkpoint.add_argument("--ranks", type=int, default=2, help="processes that write the ZeRO checkpoint")
+    checkpoint.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
+    checkpoint.add_argument("--threads", type=int, default=2, help="CPU threads")
+    checkpoint.add_argument("--dir", help="where files are written and removed; default: the system's temporary place")
+    checkpoint.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    checkpoint.set_defaults(handler=_bench_checkpoint)
     return parser
 
 
@@ -224,6 +238,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from swin_scale.report import write_report
+
+    try:
+        print(write_report(arguments.run, arguments.out))
+    except OSError as error:
+        raise UserError(f"the report of {arguments.run} cannot be written: {error}; use --out") from error
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.path.endswith((".yaml", ".yml")):
         return _configs_show(arguments)
@@ -281,6 +305,23 @@ def _bench_train(arguments: argparse.Namespace) -> int:
             activation_checkpointing=arguments.activation_checkpointing,
             threads=arguments.threads,
             device=arguments.device,
+            out=arguments.out,
+        )
+    )
+    return 0
+
+
+def _bench_checkpoint(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.checkpoint import bench_checkpoint
+
+    print(
+        bench_checkpoint(
+            params=arguments.params,
+            rounds=arguments.rounds,
+            ranks=arguments.ranks,
+            zero_stage=arguments.zero_stage,
+            threads=arguments.threads,
+            directory=arguments.dir,
             out=arguments.out,
         )
     )
