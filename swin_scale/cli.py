@@ -117,6 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     train.add_argument("--activation-checkpointing", choices=("off", "block", "selective"), default="off")
     train.set_defaults(handler=_bench_train)
+    data = what.add_parser("data", help="JPEG to training crop against Pillow: images per CPU-second")
+    data.add_argument("--images", metavar="DIR", help="photographs; default: those of the package foolbox, if installed")
+    data.add_argument("--img-size", type=int, default=224, help="of the crops")
+    data.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    data.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    data.set_defaults(handler=_bench_data)
     checkpoint = what.add_parser("checkpoint", help="save, load and convert against torch, safetensors and DeepSpeed")
     checkpoint.add_argument("--params", type=float, default=300e6, help="parameters of the model")
     checkpoint.add_argument("--rounds", type=int, default=5, help="ABBA rounds; each gives two pairs")
@@ -308,6 +314,13 @@ def _bench_train(arguments: argparse.Namespace) -> int:
             out=arguments.out,
         )
     )
+    return 0
+
+
+def _bench_data(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.data import bench_data
+
+    print(bench_data(arguments.images, img_size=arguments.img_size, rounds=arguments.rounds, out=arguments.out))
     return 0
 
 
