@@ -213,11 +213,11 @@ def test_wrong_requests_end_before_training_with_their_code(digits, tmp_path, se
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.fault(2, "run: 15 kills -9 of any process at any moment, 5 of all while a checkpoint is written")
-def test_twenty_kills_change_nothing(digits, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "saving", "anywhere", "steps"), [(1, 5, 15, 1200), (3, 3, 9, 700)])
+@pytest.mark.fault(2, "run: kill -9 of any process at any moment, and of all while a checkpoint is written")
+def test_kills_change_nothing(digits, tmp_path, stage, saving, anywhere, steps):
     """The run equals an undisturbed one, bit for bit."""
-    check_kills(digits[0], tmp_path, saving=5, anywhere=15, steps=1200, engine__zero_stage=stage)
+    check_kills(digits[0], tmp_path, saving=saving, anywhere=anywhere, steps=steps, engine__zero_stage=stage)
 
 
 def check_kills(train, tmp_path, *, saving, anywhere, steps, **settings):
