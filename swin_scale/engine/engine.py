@@ -21,7 +21,7 @@ from swin_scale.checkpoint import Checkpoint, Fragment
 from swin_scale.config import BatchPlan, Config
 from swin_scale.engine.dist import Dist
 from swin_scale.engine.ds_config import to_deepspeed
-from swin_scale.engine.fragments import FRAGMENTS, import_deepspeed, materialize, register_borrowed
+from swin_scale.engine.fragments import FRAGMENTS, import_deepspeed, materialize
 from swin_scale.engine.losses import soft_target_cross_entropy
 from swin_scale.engine.optim import build_optimizer, describe_groups, param_groups
 from swin_scale.engine.schedule import Schedule
@@ -107,8 +107,6 @@ class Engine:
                 dist_init_required=False,
             )
         self.module: nn.Module = self._deepspeed.module
-        if stage == 3:
-            register_borrowed(deepspeed, self.module)
         self.fragments = FRAGMENTS[stage](
             self.module,
             self._zero,

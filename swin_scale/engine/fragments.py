@@ -180,11 +180,3 @@ def materialize(
             full.copy_(value)
         torch.utils.swap_tensors(parameter, nn.Parameter(full, requires_grad=parameter.requires_grad))
         cutter._convert_to_zero_parameters([parameter])
-
-
-def register_borrowed(deepspeed: Any, model: nn.Module) -> None:
-    """Tell ZeRO-3 which modules read parameters of their children (`borrowed_parameters` of a module)."""
-    for module in model.modules():
-        borrowed = getattr(module, "borrowed_parameters", None)
-        for parameter in borrowed() if borrowed else ():
-            deepspeed.zero.register_external_parameter(module, parameter)

@@ -152,10 +152,6 @@ class Block(nn.Module):
         # Outside of what is recomputed: backward then does not run the position-bias MLP a second time.
         return recompute(self.activation_checkpointing, self._forward, x, self.attn.position_bias())
 
-    def borrowed_parameters(self) -> list[nn.Parameter]:
-        """Parameters that `forward` reads although a child owns them: ZeRO-3 gathers those a module says it needs."""
-        return [] if self.attn.cosine else [self.attn.relative_position_bias_table]
-
     def _forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.post_norm:
             x = self._add(x, self.norm1(self.attn(x, bias, self.shift_size)))

@@ -65,6 +65,9 @@ def parts_case(dist, config):
     train(engine, plan, dist, 0, 1)
     parameters = list(engine.module.parameters())
     parts = [(p.ds_numel, p.ds_tensor.numel(), p.numel()) for p in parameters]
+    # Were the master the part itself, evaluating the moving average would overwrite it.
+    parts_of = {p.master.data_ptr() for p in engine.fragments.pieces()}
+    assert not parts_of & {p.ds_tensor.data_ptr() for p in parameters}
     engine.fragments._publish()
     filled = [p.numel() for p in parameters]
     with engine.evaluating() as module:

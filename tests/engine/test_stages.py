@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from swin_scale.checkpoint import Checkpoint
+from tests.engine import test_engine
 from tests.engine.test_engine import (
     local_state,
     make_config,
@@ -206,7 +207,10 @@ def skipped_case(dist, config, root):
 
 @pytest.mark.parametrize(("stage", "name"), [(0, V2), (3, V1), (3, V2), proof(0, V1), proof(3, MLP)])
 def test_evaluation_sees_the_masters_or_their_average(stage, name):
-    """Before any training and between steps, with and without the average; training then goes on as if nothing was."""
+    """Before any training and between steps, with and without the average; training then goes on as if nothing was.
+
+    Under ZeRO-3 nothing stays gathered here, V1's bias table included, which is read outside its module's forward.
+    """
     config = make_config(engine={"zero_stage": stage}, optim={"ema_decay": 0.5}, model={"name": name})
     reference = make_config(engine={"zero_stage": 1}, optim={"ema_decay": 0.5}, model={"name": name})
     [expected] = spawn_dist(1, evaluation_case, reference)
@@ -217,6 +221,7 @@ def test_evaluation_sees_the_masters_or_their_average(stage, name):
 
 
 def evaluation_case(dist, config):
+    test_engine.RESIDENT = 0
     calm, plan = make_engine(dist, config)
     undisturbed = train(calm, plan, dist, 0, 4)
     engine, plan = make_engine(dist, config)
