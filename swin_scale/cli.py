@@ -118,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--activation-checkpointing", choices=("off", "block", "selective"), default="off")
     train.set_defaults(handler=_bench_train)
     data = what.add_parser("data", help="JPEG to training crop against Pillow: images per CPU-second")
-    data.add_argument("--images", metavar="DIR", help="photographs; default: those of the package foolbox, if installed")
+    data.add_argument(
+        "--images", metavar="DIR", help="photographs; default: those of the package foolbox, if installed"
+    )
     data.add_argument("--img-size", type=int, default=224, help="of the crops")
     data.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
     data.add_argument("--out", metavar="FILE", help="write the result as JSON")
