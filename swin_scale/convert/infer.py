@@ -119,7 +119,7 @@ def _window(state: Mapping[str, Tensor], stage: int) -> int | None:
     """Window of a stage after clamping to its map; None when nothing tells."""
     block = f"layers.{stage}.blocks.0."
     if (index := state.get(f"{block}attn.relative_position_index")) is not None:
-        return math.isqrt(index.shape[0])
+        return math.isqrt(math.isqrt(index.numel()))  # (N, N), or torchvision's flat one
     if (coords := state.get(f"{block}attn.relative_coords_table")) is not None:
         return (coords.shape[1] + 1) // 2
     if (table := state.get(f"{block}attn.relative_position_bias_table")) is not None:
