@@ -19,7 +19,7 @@ OFFICIAL ?=
 install: $(INSTALLED)
 
 # TORCH_INDEX=URL takes torch from another index, such as one of CPU builds.
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py constraints.txt swin_scale/data/_resample.c
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) --editable .
@@ -63,6 +63,8 @@ check: $(TESTED)
 bench: $(TESTED)
 	$(SWIN) bench model --model swinv2_tiny_patch4_window8_256 $(if $(OFFICIAL),--official $(OFFICIAL))
 	$(SWIN) bench model --model swinv2_tiny_patch4_window16_256 $(if $(OFFICIAL),--official $(OFFICIAL))
+	$(SWIN) bench data
+	$(SWIN) bench checkpoint
 
 # Uses the interpreter at hand: GPU machines bring their own build of torch.
 gpu-check:
