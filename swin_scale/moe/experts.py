@@ -23,14 +23,18 @@ GROUPED_CAPABILITY = (9, 0)
 
 
 class Experts(nn.Module):
-    """The experts [first, first + E) of a layer. Parameters, named and shaped as Tutel's, are left to the model's init.
+    """The experts [first, first + E) of the `num_experts` of a layer, named and shaped as Tutel's.
 
     y = gelu(x @ fc1_w.T + fc1_bias) @ fc2_w + fc2_bias: `batched_fc2_w` is stored input first.
+    Weights are left to `initial.initial_value`.
     """
 
-    def __init__(self, num_local: int, first: int, dim: int, hidden: int, drop: float, fc2_bias: bool) -> None:
+    def __init__(
+        self, num_experts: int, num_local: int, first: int, dim: int, hidden: int, drop: float, fc2_bias: bool
+    ) -> None:
         super().__init__()
-        self.first, self.drop = first, drop
+        self.num_experts, self.num_local, self.first = num_experts, num_local, first
+        self.dim, self.hidden, self.drop = dim, hidden, drop
         self.batched_fc1_w = nn.Parameter(torch.empty(num_local, hidden, dim))
         self.batched_fc2_w = nn.Parameter(torch.empty(num_local, hidden, dim))
         self.batched_fc1_bias = nn.Parameter(torch.empty(num_local, hidden))
@@ -92,24 +96,26 @@ class _Loop(Function):
         ctx: Any, x: Tensor, counts: list[int], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, drop: float
     ) -> Tensor:
         y = torch.empty_like(x)
-        # Values before GELU are kept for backward only; GELU is cheaper to repeat than its result to write and read.
-        kept = x.new_empty(len(x), w1.shape[1]) if any(ctx.needs_input_grad) else None
+        # Without backward, hidden rows live for one expert only.
+        keep = any(ctx.needs_input_grad)
+        before, after = x.new_empty(2, len(x) if keep else max(counts, default=0), w1.shape[1])
         masks = []
         for e, rows in _runs(counts):
-            a = torch.addmm(b1[e], x[rows], w1[e].t(), out=None if kept is None else kept[rows])
-            h = F.gelu(a)
+            own = rows if keep else slice(rows.stop - rows.start)
+            torch.addmm(b1[e], x[rows], w1[e].t(), out=before[own])
+            h = torch.ops.aten.gelu.out(before[own], out=after[own])
             if drop:
                 masks.append(torch.empty_like(h).bernoulli_(1 - drop).div_(1 - drop))
                 h.mul_(masks[-1])
             torch.addmm(b2[e], h, w2[e], out=y[rows])
         ctx.counts = counts
-        ctx.save_for_backward(x, w1, w2, kept, *masks)
+        ctx.save_for_backward(x, w1, w2, before, after, *masks)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, kept, *masks = ctx.saved_tensors
+        x, w1, w2, before, after, *masks = ctx.saved_tensors
         needs_x, _, needs_w1, needs_b1, needs_w2, needs_b2, _ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = torch.empty_like(x) if needs_x else None
@@ -123,16 +129,15 @@ class _Loop(Function):
                     if whole is not None:
                         whole[e].zero_()
         for (e, rows), mask in zip(_runs(ctx.counts), masks or [None] * len(ctx.counts)):
-            a, grad_y = kept[rows], grad[rows]
+            grad_y = grad[rows]
             if grad_w2 is not None:
-                h = F.gelu(a) if mask is None else F.gelu(a).mul_(mask)
-                torch.mm(h.t(), grad_y, out=grad_w2[e])
+                torch.mm(after[rows].t(), grad_y, out=grad_w2[e])
             if grad_b2 is not None:
                 torch.sum(grad_y, 0, out=grad_b2[e])
             grad_h = grad_y @ w2[e].t()
             if mask is not None:
                 grad_h.mul_(mask)
-            grad_a = torch.ops.aten.gelu_backward(grad_h, a)
+            grad_a = torch.ops.aten.gelu_backward(grad_h, before[rows])
             if grad_w1 is not None:
                 torch.mm(grad_a.t(), x[rows], out=grad_w1[e])
             if grad_b1 is not None:

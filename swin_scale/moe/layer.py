@@ -50,7 +50,7 @@ class MoEMlp(nn.Module):
 
     @property
     def num_local_experts(self) -> int:
-        return len(self.experts.batched_fc1_w)
+        return self.experts.num_local
 
 
 class MoELayer(nn.Module):
@@ -62,7 +62,9 @@ class MoELayer(nn.Module):
         num_local = local_experts(config.num_experts, size)
         self.chunks = config.a2a_chunks
         self.ep_group = ep_group if size > 1 else None
-        self.experts = Experts(num_local, rank * num_local, dim, hidden, config.drop, config.fc2_bias)
+        self.experts = Experts(
+            config.num_experts, num_local, rank * num_local, dim, hidden, config.drop, config.fc2_bias
+        )
         self.gates = nn.ModuleList([Router(config, dim)])
 
     def forward(

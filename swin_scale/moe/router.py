@@ -94,7 +94,7 @@ def gshard(score_E: Tensor, first_E: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """The gate of one layer; parameter names are those of a Tutel gate. Parameters are left to the model's init.
+    """The gate of one layer; parameter names are those of a Tutel gate, values are left to `initial.initial_value`.
 
     linear: `wg.weight` (E, D). cosine: `cosine_projector.weight` (P, D) and `.bias` (P,), `sim_matrix` (P, E),
     `temperature` (1,), a log-scale held at most ln 100 (Chi et al., 2022).

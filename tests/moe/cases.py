@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swin_scale.moe import MoEConfig, MoEMlp, RoutingStats
+from swin_scale.moe.config import MoEConfig
+from swin_scale.moe.layer import MoEMlp
+from swin_scale.moe.stats import RoutingStats
 
 DIM, HIDDEN, EXPERTS, TOKENS = 6, 8, 4, 20
 WIDTH = {"temperature": 0.5, "sim_matrix": 1.0}

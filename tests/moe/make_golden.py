@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_scale.moe import MoEConfig
+from swin_scale.moe.config import MoEConfig
 from tests.moe.cases import DIM, EXPERTS, HIDDEN, fill, inputs
 
 FILE = Path(__file__).with_name("golden.npz")

@@ -51,7 +51,7 @@ def test_an_expanded_gradient_is_taken_and_half_precision_keeps_its_dtype(method
 
 @pytest.mark.parametrize("method", ["loop", "padded", "grouped"])
 def test_dropout_scales_what_it_keeps_and_backward_drops_the_same(method):
-    """With fc1 = 0 the hidden row is a constant h; y / h then counts the kept units, and so does fc2's gradient."""
+    """With fc1 = 0 the hidden row is a constant h; y / h then counts the kept units, and so do the gradients."""
     E, H, D, rows = 2, 64, 8, 40
     leaves = [torch.zeros(rows, D), torch.zeros(E, H, D), torch.ones(E, H), torch.ones(E, H, D), torch.zeros(E, D)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -63,11 +63,15 @@ def test_dropout_scales_what_it_keeps_and_backward_drops_the_same(method):
     assert 0.70 < float(kept.mean() / H) < 0.80
     y.sum().backward()
     sums = leaves[3].grad[..., 0].sum(1) / unit
-    torch.testing.assert_close(sums, torch.stack([kept[:25].sum(), kept[25:].sum()]))
+    counts = torch.stack([kept[:25].sum(), kept[25:].sum()])
+    torch.testing.assert_close(sums, counts)
+    one = torch.ones((), requires_grad=True)
+    (slope,) = torch.autograd.grad(F.gelu(one), one)
+    torch.testing.assert_close(leaves[2].grad.sum(1), counts * D * slope / 0.75)
 
 
 def test_a_frozen_second_bias_gets_no_gradient_and_no_graph_is_kept_without_need():
-    experts = Experts(4, 0, 8, 16, 0.0, fc2_bias=False)
+    experts = Experts(4, 4, 0, 8, 16, 0.0, fc2_bias=False)
     with torch.no_grad():
         for p in experts.parameters():
             p.fill_(0.1)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from swin_scale.errors import UserError
-from swin_scale.moe import MoEConfig, MoEMlp
-from swin_scale.moe.layer import local_experts
+from swin_scale.moe.config import MoEConfig
+from swin_scale.moe.layer import MoEMlp, local_experts
 from tests.moe.cases import DIM, HIDDEN, fill, inputs, layer, run
 
 EXPERT_SHAPES = {

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from swin_scale.moe import MoEConfig
 from swin_scale.moe.comm import Flight, all_reduce_sum
+from swin_scale.moe.config import MoEConfig
 from tests.moe.cases import DIM, inputs, layer, run
 from tests.spawn import spawn_dist
 
@@ -128,6 +128,36 @@ def test_a_flight_takes_rows_to_their_ranks_and_gradients_back():
     np.testing.assert_array_equal(y1, np.concatenate([x0[1:], x1]))
     np.testing.assert_array_equal(g0[:, 0], [0, 10, 11, 12])
     np.testing.assert_array_equal(g1[:, 0], [13, 14])
+
+
+def counted(d, chunks):
+    """What this rank hands to all_to_all_single in one pass, as (messages, bytes), and what the formula says."""
+    sent = []
+    real = dist.all_to_all_single
+
+    def spy(output, source, *args, **kwargs):
+        sent.append(source.numel() * source.element_size())
+        return real(output, source, *args, **kwargs)
+
+    config = MoEConfig(num_experts=16, top_k=2, drop=0, a2a_chunks=chunks)
+    module = layer(config, ep_group=dist.group.WORLD)
+    x, upstream = inputs(TOKENS + 8 * d.rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", spy)
+        stats = run(module, x, upstream).stats
+    mine = slice(module.experts.first, module.experts.first + module.num_local_experts)
+    total_E = stats.kept_E.clone()
+    dist.all_reduce(total_E, group=dist.group.WORLD)
+    row = DIM * x.element_size()
+    # Out and back, forward and backward: own rows leave twice, those of this rank's experts twice.
+    rows = 2 * int(stats.kept_E.sum()) + 2 * int(total_E[mine].sum())
+    return (len(sent), sum(sent)), (1 + 4 * chunks, rows * row + chunks * 16 * 8)
+
+
+@pytest.mark.parametrize(("world", "chunks"), [(2, 3), pytest.param(8, 2, marks=pytest.mark.proof)])
+def test_bytes_and_messages_equal_the_formula(world, chunks):
+    for got, want in spawn_dist(world, counted, chunks):
+        assert got == want
 
 
 def checkpointed(d):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swin_scale.errors import UserError
-from swin_scale.moe import MoEConfig
+from swin_scale.moe.config import MoEConfig
 from swin_scale.moe.router import Router, capacity, choose, gshard, load, plan, variation
 from tests.moe.cases import DIM, fill, inputs
 

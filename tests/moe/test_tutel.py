@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from swin_scale.errors import UserError
-from swin_scale.moe import MoEConfig, MoEMlp, TutelMoEMlp
+from swin_scale.moe.config import MoEConfig
+from swin_scale.moe.layer import MoEMlp
+from swin_scale.moe.tutel import TutelMoEMlp
 from tests.models.golden import image, sequence
 from tests.moe.cases import DIM, HIDDEN, fill, inputs, run
 from tests.moe.make_golden import CASES, FILE, NOISE_SEED, flat
