@@ -28,6 +28,7 @@ from swin_scale.config import (
     Run,
     Train,
     batch_plan,
+    validate,
 )
 from swin_scale.config import (
     Schedule as ScheduleConfig,
@@ -79,6 +80,7 @@ def bench_train(
     if steps < 1 or warmup < 0:
         raise UserError(f"--steps is {steps} and --warmup {warmup}; time at least 1 step after 0 or more untimed ones")
     config = _config(name, precision, batch, accumulation, zero_stage, activation_checkpointing, steps + warmup)
+    validate(config)
     plan = batch_plan(config, 1)
     with fixed_threads(threads), init(Layout(), timeout_s=TIMEOUT_S, device=device) as dist:
         micro = _micro_batch(name, plan.micro, DTYPES[precision], dist.device)

@@ -16,7 +16,7 @@ def run(path, options):
     return str(result)
 
 
-@pytest.mark.parametrize("options", [{"precision": "fp32", "accumulation": 2}, {"precision": "bf16", "zero_stage": 2}])
+@pytest.mark.parametrize("options", [{"precision": "fp32", "accumulation": 2}, {"precision": "bf16", "zero_stage": 3}])
 def test_engine_step_is_timed_and_described(tmp_path, options):
     path = tmp_path / "train.json"
     (text,) = spawn(1, run, str(path), options)
@@ -29,6 +29,13 @@ def test_engine_step_is_timed_and_described(tmp_path, options):
     assert figures["engine"]["memory_gb"] > 0
     assert figures["flop_per_image"] == 6 * flops(variant(NAME))
     assert "engine step" in text and "model alone" in text
+
+
+def test_stage_0_is_refused_in_half_precision():
+    from swin_scale.bench.train import bench_train
+
+    with pytest.raises(UserError, match=r"engine\.zero_stage is 0"):
+        bench_train(NAME, zero_stage=0, precision="bf16")
 
 
 def test_no_steps_is_refused():
