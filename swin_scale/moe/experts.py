@@ -71,7 +71,10 @@ def grouped_mlp(
     """
     method = method or choose_method(x_SD, fc1_EHD)
     if method == "loop":
-        return _Loop.apply(x_SD, count_E.tolist(), fc1_EHD, bias1_EH, fc2_EHD, bias2_ED, drop)
+        weights = fc1_EHD, bias1_EH, fc2_EHD, bias2_ED
+        # Asked here: inside of an autograd function gradients are off, and inputs need them even when nothing does.
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_SD, *weights))
+        return _Loop.apply(x_SD, count_E.tolist(), *weights, drop, keep)
     if method == "grouped":
         return _grouped(x_SD, count_E, fc1_EHD, bias1_EH, fc2_EHD, bias2_ED, drop)
     assert method == "padded", method
@@ -93,11 +96,10 @@ class _Loop(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, counts: list[int], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, drop: float
+        ctx: Any, x: Tensor, counts: list[int], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, drop: float, keep: bool
     ) -> Tensor:
         y = torch.empty_like(x)
         # Without backward, hidden rows live for one expert only.
-        keep = any(ctx.needs_input_grad)
         before, after = x.new_empty(2, len(x) if keep else max(counts, default=0), w1.shape[1])
         masks = []
         for e, rows in _runs(counts):
@@ -116,7 +118,7 @@ class _Loop(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, before, after, *masks = ctx.saved_tensors
-        needs_x, _, needs_w1, needs_b1, needs_w2, needs_b2, _ = ctx.needs_input_grad
+        needs_x, _, needs_w1, needs_b1, needs_w2, needs_b2, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = torch.empty_like(x) if needs_x else None
         grad_w1 = torch.empty_like(w1) if needs_w1 else None
@@ -144,7 +146,7 @@ class _Loop(Function):
                 torch.sum(grad_a, 0, out=grad_b1[e])
             if grad_x is not None:
                 torch.mm(grad_a, w1[e], out=grad_x[rows])
-        return grad_x, None, grad_w1, grad_b1, grad_w2, grad_b2, None
+        return grad_x, None, grad_w1, grad_b1, grad_w2, grad_b2, None, None
 
 
 def _runs(counts: list[int]) -> Iterator[tuple[int, slice]]:
