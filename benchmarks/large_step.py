@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.2):
+        while not done.wait(1.0):
             peak = max(peak, private_bytes(process.pid))
 
     watcher = threading.Thread(target=watch)

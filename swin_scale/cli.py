@@ -1,6 +1,7 @@
-"""The command line: parse, import late, print, and turn errors into exit codes. The only file that prints results.
+"""The command line: parse, import late, print, and turn errors into exit codes.
 
 Exit codes: 0 done; 2 wrong input; 3 data; 4 checkpoint; 5 diverged; 6 a peer was lost; 75 preempted and saved.
+Results are printed in the `cli.py` files alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All verbs; importing nothing heavier than argparse, so that --help answers at once."""
     from data_prep.cli import add_parser as add_shards
-    from swin_scale.bench import PEERS
+    from swin_scale.bench.cli import add_parser as add_bench
 
     parser = argparse.ArgumentParser(prog="swin-scale", description="Pretrain Swin Transformers at scale.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -97,43 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(show)
     show.set_defaults(handler=_configs_show)
 
-    bench = verbs.add_parser("bench", help="side-by-side ratios against the peers, in one run")
-    what = bench.add_subparsers(dest="name", required=True)
-    model = what.add_parser("model", help="SwinV2 against the official code, timm and Hugging Face")
-    _bench_arguments(model, name="swinv2_tiny_patch4_window8_256", batch=8)
-    model.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, amp-bf16 or amp-fp16, for all alike")
-    model.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
-    model.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
-    model.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all of them")
-    model.add_argument("--mode", choices=("forward", "both"), default="both")
-    model.add_argument("--compile", action="store_true", help="also compare with torch.compile(timm)")
-    model.set_defaults(handler=_bench_model)
-    train = what.add_parser("train", help="the engine's step on one process, on a batch that stays on the device")
-    _bench_arguments(train, name="swinv2_base_patch4_window12_192", batch=64)
-    train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
-    train.add_argument("--steps", type=int, default=20, help="timed steps, after --warmup untimed ones")
-    train.add_argument("--warmup", type=int, default=5)
-    train.add_argument("--zero-stage", type=int, choices=(1, 2), default=1)
-    train.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
-    train.add_argument("--activation-checkpointing", choices=("off", "block", "selective"), default="off")
-    train.set_defaults(handler=_bench_train)
-    data = what.add_parser("data", help="JPEG to training crop against Pillow: images per CPU-second")
-    data.add_argument(
-        "--images", metavar="DIR", help="photographs; default: those of the package foolbox, if installed"
-    )
-    data.add_argument("--img-size", type=int, default=224, help="of the crops")
-    data.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
-    data.add_argument("--out", metavar="FILE", help="write the result as JSON")
-    data.set_defaults(handler=_bench_data)
-    checkpoint = what.add_parser("checkpoint", help="save, load and convert against torch, safetensors and DeepSpeed")
-    checkpoint.add_argument("--params", type=float, default=300e6, help="parameters of the model")
-    checkpoint.add_argument("--rounds", type=int, default=5, help="ABBA rounds; each gives two pairs")
-    checkpoint.add_argument("--ranks", type=int, default=2, help="processes that write the ZeRO checkpoint")
-    checkpoint.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
-    checkpoint.add_argument("--threads", type=int, default=2, help="CPU threads")
-    checkpoint.add_argument("--dir", help="where files are written and removed; default: the system's temporary place")
-    checkpoint.add_argument("--out", metavar="FILE", help="write the result as JSON")
-    checkpoint.set_defaults(handler=_bench_checkpoint)
+    add_bench(verbs)
     return parser
 
 
@@ -146,14 +111,6 @@ def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="run directory, checkpoint directory, .pth or .safetensors")
     parser.add_argument("--model", help="model name; needed for weight files that do not name theirs")
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights")
-
-
-def _bench_arguments(parser: argparse.ArgumentParser, *, name: str, batch: int) -> None:
-    parser.add_argument("--model", default=name, help=f"default: {name}")
-    parser.add_argument("--batch", type=int, default=batch, help="images per forward")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
 
 
 def _find_config(name: str) -> Path:
@@ -274,70 +231,4 @@ def _configs_list(arguments: argparse.Namespace) -> int:
 
 def _configs_show(arguments: argparse.Namespace) -> int:
     print(_load(arguments).dump(), end="")
-    return 0
-
-
-def _bench_model(arguments: argparse.Namespace) -> int:
-    from swin_scale.bench.model import bench_model
-
-    print(
-        bench_model(
-            arguments.model,
-            batch=arguments.batch,
-            rounds=arguments.rounds,
-            threads=arguments.threads,
-            official=arguments.official,
-            only=tuple(arguments.peers),
-            backward=arguments.mode == "both",
-            precision=arguments.precision,
-            compiled=arguments.compile,
-            device=arguments.device,
-            out=arguments.out,
-        )
-    )
-    return 0
-
-
-def _bench_train(arguments: argparse.Namespace) -> int:
-    from swin_scale.bench.train import bench_train
-
-    print(
-        bench_train(
-            arguments.model,
-            precision=arguments.precision,
-            batch=arguments.batch,
-            steps=arguments.steps,
-            warmup=arguments.warmup,
-            zero_stage=arguments.zero_stage,
-            accumulation=arguments.accumulation,
-            activation_checkpointing=arguments.activation_checkpointing,
-            threads=arguments.threads,
-            device=arguments.device,
-            out=arguments.out,
-        )
-    )
-    return 0
-
-
-def _bench_data(arguments: argparse.Namespace) -> int:
-    from swin_scale.bench.data import bench_data
-
-    print(bench_data(arguments.images, img_size=arguments.img_size, rounds=arguments.rounds, out=arguments.out))
-    return 0
-
-
-def _bench_checkpoint(arguments: argparse.Namespace) -> int:
-    from swin_scale.bench.checkpoint import bench_checkpoint
-
-    print(
-        bench_checkpoint(
-            params=arguments.params,
-            rounds=arguments.rounds,
-            ranks=arguments.ranks,
-            zero_stage=arguments.zero_stage,
-            threads=arguments.threads,
-            directory=arguments.dir,
-            out=arguments.out,
-        )
-    )
     return 0

@@ -1,0 +1,123 @@
+"""The command line of the benchmarks, ``swin-scale bench NAME``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from swin_scale.bench import PEERS
+
+
+def add_parser(verbs: Any) -> None:
+    """Add ``bench`` to the verbs; what a benchmark needs is imported when it runs."""
+    bench = verbs.add_parser("bench", help="side-by-side ratios against the peers, in one run")
+    what = bench.add_subparsers(dest="name", required=True)
+    model = what.add_parser("model", help="SwinV2 against the official code, timm and Hugging Face")
+    _arguments(model, name="swinv2_tiny_patch4_window8_256", batch=8)
+    model.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, amp-bf16 or amp-fp16, for all alike")
+    model.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    model.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
+    model.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all of them")
+    model.add_argument("--mode", choices=("forward", "both"), default="both")
+    model.add_argument("--compile", action="store_true", help="also compare with torch.compile(timm)")
+    model.set_defaults(handler=_model)
+    train = what.add_parser("train", help="the engine's step on one process, on a batch that stays on the device")
+    _arguments(train, name="swinv2_base_patch4_window12_192", batch=64)
+    train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    train.add_argument("--steps", type=int, default=20, help="timed steps, after --warmup untimed ones")
+    train.add_argument("--warmup", type=int, default=5)
+    train.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1)
+    train.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
+    train.add_argument("--activation-checkpointing", choices=("off", "block", "selective"), default="off")
+    train.set_defaults(handler=_train)
+    data = what.add_parser("data", help="JPEG to training crop against Pillow: images per CPU-second")
+    data.add_argument(
+        "--images", metavar="DIR", help="photographs; default: those of the package foolbox, if installed"
+    )
+    data.add_argument("--img-size", type=int, default=224, help="of the crops")
+    data.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    data.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    data.set_defaults(handler=_data)
+    checkpoint = what.add_parser("checkpoint", help="save, load and convert against torch, safetensors and DeepSpeed")
+    checkpoint.add_argument("--params", type=float, default=300e6, help="parameters of the model")
+    checkpoint.add_argument("--rounds", type=int, default=5, help="ABBA rounds; each gives two pairs")
+    checkpoint.add_argument("--ranks", type=int, default=2, help="processes that write the ZeRO checkpoint")
+    checkpoint.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
+    checkpoint.add_argument("--threads", type=int, default=2, help="CPU threads")
+    checkpoint.add_argument("--dir", help="where files are written and removed; default: the system's temporary place")
+    checkpoint.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    checkpoint.set_defaults(handler=_checkpoint)
+
+
+def _arguments(parser: argparse.ArgumentParser, *, name: str, batch: int) -> None:
+    parser.add_argument("--model", default=name, help=f"default: {name}")
+    parser.add_argument("--batch", type=int, default=batch, help="images per forward")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
+
+
+def _model(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.model import bench_model
+
+    print(
+        bench_model(
+            arguments.model,
+            batch=arguments.batch,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+            official=arguments.official,
+            only=tuple(arguments.peers),
+            backward=arguments.mode == "both",
+            precision=arguments.precision,
+            compiled=arguments.compile,
+            device=arguments.device,
+            out=arguments.out,
+        )
+    )
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.train import bench_train
+
+    print(
+        bench_train(
+            arguments.model,
+            precision=arguments.precision,
+            batch=arguments.batch,
+            steps=arguments.steps,
+            warmup=arguments.warmup,
+            zero_stage=arguments.zero_stage,
+            accumulation=arguments.accumulation,
+            activation_checkpointing=arguments.activation_checkpointing,
+            threads=arguments.threads,
+            device=arguments.device,
+            out=arguments.out,
+        )
+    )
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.data import bench_data
+
+    print(bench_data(arguments.images, img_size=arguments.img_size, rounds=arguments.rounds, out=arguments.out))
+    return 0
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.checkpoint import bench_checkpoint
+
+    print(
+        bench_checkpoint(
+            params=arguments.params,
+            rounds=arguments.rounds,
+            ranks=arguments.ranks,
+            zero_stage=arguments.zero_stage,
+            threads=arguments.threads,
+            directory=arguments.dir,
+            out=arguments.out,
+        )
+    )
+    return 0
