@@ -94,6 +94,22 @@ def test_outputs_gradients_and_losses_do_not_depend_on_the_layout(name, world, e
         np.testing.assert_allclose(got[key], want[key], rtol=1e-9, atol=1e-10, err_msg=key)
 
 
+def in_half_precision(d):
+    config = MoEConfig(num_experts=4, top_k=2, drop=0, aux_weight=1.0)
+    x, upstream = inputs(TOKENS)
+    mine = share(d.world, d.rank, True)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        module = layer(config, ep_group=dist.group.WORLD, aux_group=dist.group.WORLD).bfloat16().to(dtype)
+        results.append(run(module, x[mine].bfloat16().to(dtype), upstream[mine].to(dtype)).y.float().numpy())
+    return results
+
+
+def test_rows_travel_in_half_precision():
+    for half, full in spawn_dist(2, in_half_precision):
+        np.testing.assert_allclose(half, full, atol=0.02 * np.abs(full).max())
+
+
 def no_tokens(d):
     module = layer(CONFIGS["linear"], ep_group=dist.group.WORLD, aux_group=dist.group.WORLD)
     x, upstream = inputs(TOKENS)

@@ -15,6 +15,7 @@ from swin_scale.moe.tutel import TutelMoEMlp
 from tests.models.golden import image, sequence
 from tests.moe.cases import DIM, HIDDEN, fill, inputs, run
 from tests.moe.make_golden import CASES, FILE, NOISE_SEED, flat
+from tests.spawn import spawn_dist
 
 has_tutel = importlib.util.find_spec("tutel") is not None
 needs_tutel = pytest.mark.skipif(not has_tutel, reason="Tutel is not installed; golden numbers stand in for it")
@@ -47,7 +48,7 @@ def test_outputs_losses_and_all_gradients_are_tutels(golden, case):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * scale)
 
 
-# official-spec, appendix A: gate, top_k, factor, prioritised, normalised, balance -> loss, mean, std, dropped choices
+# Figures of Tutel 82af7aa on a CPU. Gate, top_k, factor, prioritised, normalised, balance -> loss, mean, std, dropped.
 APPENDIX = [
     ("linear", 1, 1.25, True, False, "load_importance", 0.0000210, -0.0058828, 0.0285096, 0),
     ("linear", 1, 1.25, False, False, "load_importance", 0.0000210, -0.0058828, 0.0285096, 0),
@@ -64,7 +65,7 @@ APPENDIX = [
 
 @pytest.mark.parametrize("row", APPENDIX, ids=lambda row: " ".join(map(str, row[:6])))
 def test_published_numbers_and_no_drops_where_tutels_dropless_drops(row):
-    """The next to last linear row is the case in which Tutel, told to drop nothing, drops under prioritised routing."""
+    """In the last linear row Tutel, told to drop nothing, drops under prioritised routing."""
     router, top_k, factor, prioritized, normalize, balance, loss, mean, std, dropped = row
     config = MoEConfig(
         num_experts=4,
@@ -118,6 +119,27 @@ def test_dropless_under_prioritised_routing_drops_nothing_through_our_door():
     tutel.load_state_dict(native.state_dict())
     x = inputs()[0].float()
     torch.testing.assert_close(native(x)[0], tutel(x)[0])
+
+
+def both_on_this_rank(d, factor):
+    """Differences between native and Tutel's layer with experts over all ranks: (largest, what is compared)."""
+    group = torch.distributed.group.WORLD
+    config = MoEConfig(num_experts=4, top_k=2, eval_capacity_factor=factor, drop=0, aux_weight=1.0)
+    native, tutel = (kind(config, DIM, HIDDEN, ep_group=group).eval() for kind in (MoEMlp, TutelMoEMlp))
+    fill(native, seed=native.experts.first)
+    tutel.load_state_dict(native.state_dict())
+    x, upstream = (t.float() for t in inputs(seed=d.rank))
+    ours, theirs = (run(module, x, upstream) for module in (native, tutel))
+    assert torch.equal(ours.stats.kept_TK, theirs.stats.kept_TK)
+    flats = [flat(result.y, result.aux, result.grads) for result in (ours, theirs)]
+    return float(np.abs(flats[0] - flats[1]).max()), len(flats[0])
+
+
+@needs_tutel
+@pytest.mark.parametrize("factor", [0, 1.0])
+def test_expert_parallel_layers_agree(factor):
+    for difference, compared in spawn_dist(2, both_on_this_rank, factor):
+        assert difference < 5e-6 and compared > 400
 
 
 @needs_tutel
