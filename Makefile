@@ -2,7 +2,7 @@
 # make test   one thinned case of every claim
 # make proof  the full grids, kills and faults
 # make check  ruff, types, import floors      make bench      CPU ratios against the peers
-# make gpu-check PART=model|train             GPU tests and benchmarks, on a machine that has one
+# make gpu-check PART=model|train|large       GPU tests and benchmarks, on a machine that has one
 
 PYTHON ?= python3
 VENV := .venv

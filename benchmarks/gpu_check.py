@@ -1,4 +1,4 @@
-"""GPU tests and benchmarks of one part, on a machine that has a GPU: ``python benchmarks/gpu_check.py train|model``.
+"""GPU tests and benchmarks of one part, on a machine that has a GPU: ``python benchmarks/gpu_check.py PART``.
 
 Each part fits 8 minutes on one H100 or H200; what no longer fits is named as left out. Everything runs in processes of
 their own with this interpreter, from the repository's root. Results are small JSON files below --out, with
@@ -28,12 +28,15 @@ W8, W16, W12 = (
 )
 NANO = "swinv2_nano_patch4_window4_32"
 
-# File stem -> arguments of `swin-scale bench`, most telling first.
+G3B = "swinv2_g3b_patch4_window12_192"
+
+# File stem -> arguments of `swin-scale bench`, or of large_step.py, most telling first.
 CASES: dict[str, dict[str, list[str]]] = {
     "train": {
         "train-base-w12-bf16": ["train", "--model", W12, "--precision", "bf16", "--batch", "64"],
         "train-base-w12-fp16": ["train", "--model", W12, "--precision", "fp16", "--batch", "64", "--warmup", "12"],
         "train-base-w12-bf16-zero2": ["train", "--model", W12, "--batch", "64", "--zero-stage", "2"],
+        "train-base-w12-bf16-zero3": ["train", "--model", W12, "--batch", "64", "--zero-stage", "3"],
         "train-base-w12-bf16-block": ["train", "--model", W12, "--batch", "64", "--activation-checkpointing", "block"],
         "train-nano-bf16": ["train", "--model", NANO, "--precision", "bf16", "--batch", "256"],
         "train-nano-fp16": ["train", "--model", NANO, "--precision", "fp16", "--batch", "256", "--warmup", "12"],
@@ -44,6 +47,13 @@ CASES: dict[str, dict[str, list[str]]] = {
         "model-tiny-w8-fp16": ["model", "--model", W8, "--batch", "64", "--precision", "fp16"],
         "model-base-w12-amp-fp16": ["model", "--model", W12, "--batch", "64", "--precision", "amp-fp16", "--compile"],
         "model-tiny-w16-bf16": ["model", "--model", W16, "--batch", "64", "--precision", "bf16"],
+    },
+    # 75 GB of files: TMPDIR must hold them.
+    "large": {
+        "large-g3b-w12-bf16": [
+            *("large", "--model", G3B, "--steps", "10", "--batch", "32"),
+            *("engine.zero_stage=1", "engine.precision=bf16", "data.workers=4"),
+        ],
     },
 }
 
@@ -71,7 +81,7 @@ def main() -> int:
         "part": arguments.part,
         "hardware": hardware(torch.device("cuda")),
         "versions": versions(),
-        "tests": run_tests(arguments.part, deadline),
+        "tests": run_tests(arguments.part, deadline) if arguments.part != "large" else {"passed": True, "tests": 0},
         "benchmarks": {},
     }
     for stem, options in CASES[arguments.part].items():
@@ -111,7 +121,10 @@ def run_bench(options: list[str], path: Path, deadline: float) -> dict[str, Any]
     if time.monotonic() > deadline - 20:
         print(f"left out, no time: {path.stem}")
         return {"outcome": "left out: no time"}
-    code, seconds = run(["-m", "swin_scale", "bench", *options, "--out", str(path)], deadline)
+    program = ["-m", "swin_scale", "bench"]
+    if options[0] == "large":
+        program, options = ["benchmarks/large_step.py"], options[1:]
+    code, seconds = run([*program, "--out", str(path), *options], deadline)
     return {"outcome": "done" if code == 0 and path.exists() else f"failed (exit code {code})", "seconds": seconds}
 
 
