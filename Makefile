@@ -52,7 +52,7 @@ test: $(TESTED)
 	$(BIN)/python -m pytest -m "not proof and not gpu" -n 2
 
 proof: $(TESTED)
-	$(BIN)/python -m pytest -m "proof and not gpu" -rA
+	$(BIN)/python -m pytest -m "proof and not gpu" -n 2 -rA
 
 check: $(TESTED)
 	$(BIN)/ruff check .
