@@ -4,7 +4,9 @@ Backward issues the mirrored collectives in the mirrored order: autograd runs no
 graph is the same whatever its number of tokens, issues them in the same order too.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,14 +45,51 @@ def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
     return received
 
 
+class Waits:
+    """How long one pass of a layer, and later its backward, waited for rows of other ranks.
+
+    On a CPU the wall clock around each wait; on a GPU a pair of events around it, that is, how long the stream stood
+    still: nothing is waited for before `seconds` is asked. Recomputation under activation checkpointing is not in it.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """What is done in here is waiting."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        yield
+        after.record()
+        self._events.append((before, after))
+
+    def seconds(self) -> float:
+        """The sum; on a GPU this waits until the last event has happened."""
+        for before, after in self._events:
+            after.synchronize()
+            self._seconds += before.elapsed_time(after) / 1e3
+        self._events.clear()
+        return self._seconds
+
+
 class Flight:
     """Rows on their way between the ranks of a group: the first `send[0]` to rank 0, and so on.
 
-    `start` returns at once and `finish` waits, in forward and, the roles swapped, in backward.
+    `start` returns at once and `finish` waits, in forward and, the roles swapped, in backward; `waits` keeps the time.
     """
 
-    def __init__(self, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> None:
+    def __init__(
+        self, send: Sequence[int], receive: Sequence[int], group: ProcessGroup, waits: Waits | None = None
+    ) -> None:
         self._send, self._receive, self._group = list(send), list(receive), group
+        self._waits = waits or Waits()
         self._work: Work | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
 
@@ -72,7 +111,8 @@ class Flight:
 
     def land(self) -> Tensor:
         assert self._work is not None and self._buffers is not None, "finished before it was started"
-        self._work.wait()
+        with self._waits.timed(self._buffers[1].device):
+            self._work.wait()
         target = self._buffers[1]
         self._work = self._buffers = None
         return target

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from swin_scale.moe.comm import Flight, exchange_counts
+from swin_scale.moe.comm import Flight, Waits, exchange_counts
 from swin_scale.moe.router import Routing
 
 ExpertFn = Callable[[Tensor, Tensor], Tensor]
@@ -21,18 +21,26 @@ ExpertFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def forward_experts(
-    x_TD: Tensor, routing: Routing, experts: ExpertFn, group: ProcessGroup | None, chunks: int
+    x_TD: Tensor,
+    routing: Routing,
+    experts: ExpertFn,
+    group: ProcessGroup | None,
+    chunks: int,
+    waits: Waits | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Each token's gate-weighted sum of its experts' outputs, (T, D) in x's dtype; 0 for a token dropped everywhere.
 
-    Over a `group` of P ranks, rank p owns the p-th of P equal runs of experts, and tokens travel in `chunks` pieces.
+    Over a `group` of P ranks, rank p owns the p-th of P equal runs of experts, and tokens travel in `chunks` pieces;
+    `waits` takes the time spent waiting for them. `norm` is applied to the rows that come back, before they are
+    weighted.
     """
     if group is None:
         y_RD = experts(gather(x_TD, routing), routing.count_E)
     else:
         routing, count_CE = in_chunks(routing, chunks)
-        y_RD = exchange(gather(x_TD, routing), count_CE, experts, group)
-    return combine(y_RD, routing).to(x_TD.dtype)
+        y_RD = exchange(gather(x_TD, routing), count_CE, experts, group, waits or Waits())
+    return combine(y_RD if norm is None else norm(y_RD), routing).to(x_TD.dtype)
 
 
 def gather(x_TD: Tensor, routing: Routing) -> Tensor:
@@ -71,17 +79,18 @@ def in_chunks(routing: Routing, chunks: int) -> tuple[Routing, Tensor]:
     ), count_CE
 
 
-def exchange(x_RD: Tensor, count_CE: Tensor, experts: ExpertFn, group: ProcessGroup) -> Tensor:
+def exchange(x_RD: Tensor, count_CE: Tensor, experts: ExpertFn, group: ProcessGroup, waits: Waits) -> Tensor:
     """What the experts of all ranks make of `x_RD`, whose rows are ordered by chunk, then expert.
 
     While experts compute on one chunk, the next comes in and the last goes back. Reads the counts back to the host.
     """
     P, C = group.size(), len(count_CE)
     send_PCE = count_CE.view(C, P, -1).transpose(0, 1).contiguous()
-    receive_PCE = exchange_counts(send_PCE, group)
+    with waits.timed(x_RD.device):
+        receive_PCE = exchange_counts(send_PCE, group)
     send_CP, receive_CP = send_PCE.sum(2).t().tolist(), receive_PCE.sum(2).t().tolist()
-    there = [Flight(send, receive, group) for send, receive in zip(send_CP, receive_CP)]
-    back = [Flight(receive, send, group) for send, receive in zip(send_CP, receive_CP)]
+    there = [Flight(send, receive, group, waits) for send, receive in zip(send_CP, receive_CP)]
+    back = [Flight(receive, send, group, waits) for send, receive in zip(send_CP, receive_CP)]
     tokens = [flight.start(x) for flight, x in zip(there, x_RD.split([sum(rows) for rows in send_CP]))]
     for c in range(C):
         x_SD = there[c].finish(tokens[c])

@@ -1,9 +1,13 @@
 """The MoE layer that takes the place of a block's MLP."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from torch import Generator, Tensor, nn
 from torch.distributed import ProcessGroup
 
 from swin_scale.errors import UserError
+from swin_scale.moe.comm import Waits
 from swin_scale.moe.config import MoEConfig
 from swin_scale.moe.dispatch import forward_experts
 from swin_scale.moe.experts import Experts
@@ -35,13 +39,16 @@ class MoEMlp(nn.Module):
         self.aux_group = aux_group
         self._moe_layer = MoELayer(config, dim, hidden, ep_group)
 
-    def forward(self, x: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor, RoutingStats]:
+    def forward(
+        self, x: Tensor, generator: Generator | None = None, norm: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, RoutingStats]:
         """The output in x's shape and dtype, the weighted auxiliary loss (0-d, fp32 or wider), and the routing.
 
-        Gate noise comes from `generator` or, if None, torch's default one.
+        Gate noise comes from `generator` or, if None, torch's default one. `norm` is applied to each expert's output
+        before the gate weighs it: a norm after the sum would undo the weight, and give a top-1 gate no gradient.
         """
-        y, aux, stats = self._moe_layer(x.flatten(0, -2), self.aux_group, generator)
-        return y.view(x.shape), aux, stats
+        y, aux, stats = self._moe_layer(x.flatten(0, -2), self.aux_group, generator, norm)
+        return y.view(x.shape), aux, replace(stats, shape=tuple(x.shape[:-1]))
 
     @property
     def experts(self) -> Experts:
@@ -68,10 +75,17 @@ class MoELayer(nn.Module):
         self.gates = nn.ModuleList([Router(config, dim)])
 
     def forward(
-        self, x_TD: Tensor, aux_group: ProcessGroup | None, generator: Generator | None
+        self,
+        x_TD: Tensor,
+        aux_group: ProcessGroup | None,
+        generator: Generator | None,
+        norm: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor, RoutingStats]:
         routing, aux, stats = self.gates[0](x_TD, aux_group, generator)
-        return forward_experts(x_TD, routing, self.experts, self.ep_group, self.chunks), aux, stats
+        if self.ep_group is not None:
+            stats = replace(stats, ep_size=self.ep_group.size(), waits=Waits())
+        y_TD = forward_experts(x_TD, routing, self.experts, self.ep_group, self.chunks, stats.waits, norm)
+        return y_TD, aux, stats
 
 
 def local_experts(num_experts: int, ep_size: int) -> int:

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from swin_scale.moe.comm import all_reduce_sum
 from swin_scale.moe.config import MoEConfig
-from swin_scale.moe.stats import RoutingStats
+from swin_scale.moe.stats import RoutingStats, observe
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -93,6 +93,13 @@ def gshard(score_E: Tensor, first_E: Tensor, tokens: Tensor) -> Tensor:
     return len(score_E) * (score_E * first_E).sum() / tokens**2
 
 
+class GateLinear(nn.Linear):
+    """A Linear that leaves its parameters to whoever initialises the model."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: building a layer draws from no generator."""
+
+
 class Router(nn.Module):
     """The gate of one layer; parameter names are those of a Tutel gate, values are left to `initial.initial_value`.
 
@@ -104,9 +111,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         if config.router == "linear":
-            self.wg = nn.Linear(dim, config.num_experts, bias=False)
+            self.wg = GateLinear(dim, config.num_experts, bias=False)
         else:
-            self.cosine_projector = nn.Linear(dim, config.cosine_dim)
+            self.cosine_projector = GateLinear(dim, config.cosine_dim)
             self.sim_matrix = nn.Parameter(torch.empty(config.cosine_dim, config.num_experts))
             self.temperature = nn.Parameter(torch.empty(1))
 
@@ -167,17 +174,5 @@ class Router(nn.Module):
             gshard(rest[0], rest[1], tokens) if c.balance == "gshard" else torch.stack([*map(variation, rest)]).mean()
         )
         aux = c.aux_weight * balance + c.z_weight * z[0] / tokens
-        with torch.no_grad():
-            stats = RoutingStats(
-                tokens=sums[1][0],
-                routed_E=routed_E,
-                kept_E=routing.count_E,
-                importance_E=prob_TE.sum(0),
-                confidence=prob_TE.amax(1).sum(),
-                entropy=(z_T - (prob_TE * logit_TE).sum(1)).sum(),
-                z=sums[0][0].detach(),
-                balance_loss=balance.detach(),
-                expert_TK=expert_TK,
-                kept_TK=routing.slot_TK >= 0,
-            )
+        stats = observe(logit_TE, prob_TE, z_T, balance, expert_TK, routing.slot_TK >= 0, routed_E, routing.count_E)
         return routing, aux, stats

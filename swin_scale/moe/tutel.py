@@ -8,6 +8,7 @@ Where Tutel's results depend on a slip of its own, it is called so that the slip
 - It takes a missing group for the world, so a layer on several processes needs a group.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class TutelMoEMlp(nn.Module):
             is_gshard_loss=config.balance == "gshard",
             a2a_ffn_overlap_degree=1,
         )
+        self._ep_size = size
         self._moe_layer.experts.batched_fc2_bias.requires_grad_(config.fc2_bias)
         # Only its arithmetic is used, on Tutel's parameters: kept out of the module tree.
         self._router = (_router_over(config, dim, self._moe_layer.gates[0]),)
@@ -85,6 +87,7 @@ class TutelMoEMlp(nn.Module):
         router.train(self.training)
         with torch.no_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
             stats = router(x_TD)[2]  # draws the noise that Tutel is about to draw
+        stats = replace(stats, shape=tuple(x.shape[:-1]), ep_size=self._ep_size)
         y = layer(x_TD)
         return y.view(x.shape), c.aux_weight * layer.l_aux, stats
 
