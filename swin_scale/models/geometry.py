@@ -21,6 +21,8 @@ class Stage:
     shift_size: Pair
     """Of the odd blocks; even ones do not shift."""
     pretrained_window_size: int
+    moe_blocks: tuple[int, ...]
+    """Indices of the blocks whose MLP is a mixture of experts."""
 
 
 def pair(value: int | Pair) -> Pair:
@@ -32,6 +34,7 @@ def stages(v: Variant) -> list[Stage]:
     _check(v)
     resolution = _tokens(v)
     pretrained = v.pretrained_window_sizes or (0,) * len(v.depths)
+    moe_blocks = v.moe_blocks if v.moe else ((),) * len(v.depths)
     result = []
     for i, (depth, heads) in enumerate(zip(v.depths, v.num_heads, strict=True)):
         hw = (resolution[0] >> i, resolution[1] >> i)
@@ -49,6 +52,7 @@ def stages(v: Variant) -> list[Stage]:
                 window_size=(window_h, window_w),
                 shift_size=(shift_h, shift_w),
                 pretrained_window_size=pretrained[i],
+                moe_blocks=moe_blocks[i],
             )
         )
     return result
@@ -83,10 +87,27 @@ def _check(v: Variant) -> None:
         refuse("num_classes", v.num_classes, "must be 0 (no head) or more")
     if v.activation_checkpointing not in ("off", "block", "selective"):
         refuse("activation_checkpointing", repr(v.activation_checkpointing), "must be off, block or selective")
+    if v.init_std <= 0:
+        refuse("init_std", v.init_std, "must be positive")
+    if v.moe:
+        _check_moe(v)
     for axis, size, window in zip(("height", "width"), pair(v.img_size), pair(v.window_size), strict=True):
         if not _fits(size, window, v):
             near = ", ".join(map(str, valid_sizes(size, window, v)))
             refuse("img_size", v.img_size, f"does not fit window_size {window} in {axis}; valid near {size}: {near}")
+
+
+def _check_moe(v: Variant) -> None:
+    if v.family not in ("swin_moe", "swinv2_moe"):
+        raise UserError(f"model.moe: blocks of {v.family} have no experts; choose a name of swin_moe or swinv2_moe")
+    shown = [list(blocks) for blocks in v.moe_blocks]
+    if len(v.moe_blocks) != len(v.depths):
+        raise UserError(f"model.moe_blocks: {shown} needs {len(v.depths)} entries, the block indices of each stage")
+    for i, (blocks, depth) in enumerate(zip(v.moe_blocks, v.depths, strict=True)):
+        if any(not 0 <= block < depth for block in blocks):
+            raise UserError(f"model.moe_blocks: {shown} names a block that stage {i}, of {depth} blocks, does not have")
+    if not any(v.moe_blocks):
+        raise UserError(f"model.moe_blocks: {shown} names no block; name one, or set moe to None for a dense model")
 
 
 def _fits(size: int, window: int, v: Variant) -> bool:

@@ -2,10 +2,11 @@
 
 | parameter | value |
 |---|---|
-| weights of Linear and Conv1d, V1 bias tables, absolute position | normal, std 0.02 |
+| weights of Linear and Conv1d, V1 bias tables, absolute position | normal, std `Variant.init_std` |
 | patch embedding (Conv2d) weight and bias | uniform within 1 / sqrt(fan in), torch's default |
 | LayerNorm | 1 and 0; after a V2 branch both 0, so that a block starts as the identity (SwinV2, section 3.1) |
 | logit_scale | ln 10 |
+| experts, cosine gates | `moe.initial` |
 | every other bias | 0 |
 
 The official code cuts the normal at +-2, a hundred standard deviations, so a plain normal is the same distribution.
@@ -13,39 +14,45 @@ The official code cuts the normal at +-2, a hundred standard deviations, so a pl
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from swin_scale.models.layers import PostNorm
+from swin_scale.moe.initial import initial_value
 
-STD = 0.02
+if TYPE_CHECKING:
+    from swin_scale.models.swin import Swin
+
 INITIAL_LOGIT_SCALE = math.log(10.0)
 
 
 @torch.no_grad()
-def init_parameters(model: nn.Module, seed: int) -> None:
+def init_parameters(model: "Swin", seed: int) -> None:
     """Initialise all parameters of `model` with `initial_values`."""
     parameters = dict(model.named_parameters())
     for name, value in initial_values(model, seed):
         parameters[name].copy_(value)
 
 
-def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+def initial_values(model: "Swin", seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of every parameter, in the order of `named_parameters`, drawn one by one as they are asked for.
 
     Values are drawn on the CPU in fp32 from a generator of their own, whatever the device and dtype of the model, so
     that the same seed gives the same weights everywhere: a model on the meta device, filled parameter by parameter,
     equals one built directly. A value may be a broadcast view: copy it, never write to it.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator, std = torch.Generator("cpu").manual_seed(seed), model.variant.init_std
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = _initial(module, name, parameter.shape, generator)
+            value = initial_value(module, name, std, generator)
+            if value is None:
+                value = _initial(module, name, parameter.shape, std, generator)
             yield f"{prefix}.{name}" if prefix else name, value.expand(parameter.shape)
 
 
-def _initial(module: nn.Module, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def _initial(module: nn.Module, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
     if isinstance(module, nn.LayerNorm):
         starts_at_one = name == "weight" and not isinstance(module, PostNorm)
         return torch.ones((), device="cpu") if starts_at_one else torch.zeros((), device="cpu")
@@ -57,4 +64,4 @@ def _initial(module: nn.Module, name: str, shape: torch.Size, generator: torch.G
         return torch.full((), INITIAL_LOGIT_SCALE, device="cpu")
     if name.endswith("bias"):
         return torch.zeros((), device="cpu")
-    return torch.empty(shape, device="cpu").normal_(std=STD, generator=generator)
+    return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)

@@ -33,10 +33,10 @@ class Linear(nn.Linear):
 class Mlp(nn.Module):
     """(..., dim) to (..., dim): linear, exact GELU, linear."""
 
-    def __init__(self, dim: int, hidden: int, drop: float) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float, fc2_bias: bool = True) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim, bias=fc2_bias)
         self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,14 +109,18 @@ def residual(x: Tensor, branch: Tensor, drop_path: float, training: bool) -> Ten
     return torch.addcmul(x, branch, kept)
 
 
-def recompute(mode: str, function: Callable[..., T], *args: Tensor) -> T:
-    """function(*args) under activation checkpointing `mode`: 'off', 'block', or 'selective' (attention is kept)."""
+def recompute(mode: str, function: Callable[..., T], *args: Tensor, early_stop: bool = True) -> T:
+    """function(*args) under activation checkpointing `mode`: 'off', 'block', or 'selective' (attention is kept).
+
+    Random numbers are drawn again as they were. With `early_stop` the second run ends at the last tensor that backward
+    needs; without, it runs to the end of `function`.
+    """
     if mode == "off" or not torch.is_grad_enabled():
         return function(*args)
     if mode == "block":
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=False, early_stop=early_stop)
     contexts = partial(create_selective_checkpoint_contexts, [ATTENTION_OP])
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, early_stop=early_stop)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

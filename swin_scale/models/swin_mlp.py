@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from swin_scale.kernels import window_partition, window_reverse
 from swin_scale.models.geometry import Stage
 from swin_scale.models.layers import Mlp, recompute, residual
-from swin_scale.models.swin import Swin
+from swin_scale.models.swin import MakeMoEMlp, Swin
 from swin_scale.models.variants import Variant
 
 
@@ -48,11 +48,11 @@ class SwinMlpBlock(nn.Module):
         self.norm1 = nn.LayerNorm(stage.dim)
         self.spatial_mlp = SpatialMlp(stage.heads, stage.window_size[0] * stage.window_size[1])
         self.norm2 = nn.LayerNorm(stage.dim)
-        self.mlp = Mlp(stage.dim, int(stage.dim * v.mlp_ratio), v.drop_rate)
+        self.mlp = Mlp(stage.dim, int(stage.dim * v.mlp_ratio), v.drop_rate, v.mlp_fc2_bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x: (B, H, W, C). Returns the same shape, and None as `swin.Block` does."""
-        return recompute(self.activation_checkpointing, self._forward, x), None
+    def forward(self, x: Tensor) -> tuple[Tensor, None, None]:
+        """x: (B, H, W, C). Returns the same shape, and two Nones where `swin.Block` may tell of experts."""
+        return recompute(self.activation_checkpointing, self._forward, x), None, None
 
     def _forward(self, x: Tensor) -> Tensor:
         x = residual(x, self._mix(self.norm1(x)), self.drop_path, self.training)
@@ -73,4 +73,5 @@ class SwinMlpBlock(nn.Module):
 class SwinMlp(Swin):
     """`Swin` of such blocks."""
 
-    block = SwinMlpBlock
+    def _block(self, stage: Stage, index: int, drop_path: float, moe_mlp: MakeMoEMlp) -> SwinMlpBlock:
+        return SwinMlpBlock(self.variant, stage, index, drop_path)

@@ -72,14 +72,14 @@ def test_golden_pooled_features():
 
 
 @pytest.mark.parametrize(
-    ("cosine", "mean", "std", "first"),
+    ("score", "position", "mean", "std", "first"),
     [
-        (True, -0.0101254, 0.1179745, (0.281029, 0.008079, 0.121431)),
-        (False, 0.0114943, 0.0901914, (0.217574, 0.163993, 0.129614)),
+        ("cosine", "sigmoid_cpb", -0.0101254, 0.1179745, (0.281029, 0.008079, 0.121431)),
+        ("dot", "table", 0.0114943, 0.0901914, (0.217574, 0.163993, 0.129614)),
     ],
 )
-def test_golden_window_attention(cosine, mean, std, first):
-    attention = fill(WindowAttention(32, (4, 4), 4, cosine=cosine))
+def test_golden_window_attention(score, position, mean, std, first):
+    attention = fill(WindowAttention(32, (4, 4), 4, score=score, position=position))
     out = attention(image(2, 4, 4, 32, key=7), attention.position_bias())
     assert_golden(out, mean, std, first)
 

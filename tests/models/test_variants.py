@@ -67,7 +67,7 @@ def test_billion_parameter_models(name, headless, headed, last_digit):
 
 def test_every_name_builds_and_is_sorted():
     names = list_models()
-    assert names == sorted(names) and set(PUBLISHED) < set(names) and len(names) == 37
+    assert names == sorted(names) and set(PUBLISHED) < set(names) and len(names) == 59
     for name in names:
         assert stages(variant(name)) and flops(variant(name)) > 0
 
