@@ -1,7 +1,7 @@
 """The configuration tree: every key a run can set, with its unit, its default and what makes it invalid.
 
-`config_load.py` fills it from YAML and ``a.b=c`` overrides. `validate` checks what can be known without opening a file,
-before any process group starts. Batch arithmetic is written once, in `batch_plan`.
+`config_load.py` fills it from YAML and ``a.b=c`` overrides, `config_check.py` judges the values. Batch arithmetic is
+written once, in `batch_plan`.
 """
 
 from __future__ import annotations
@@ -93,6 +93,43 @@ class Model:
     ape: bool | None = None
     patch_norm: bool | None = None
     extra_norm_interval: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """The experts of a mixture-of-experts model (`moe/config.py` says more); unset values follow the model's name."""
+
+    experts: int | None = None
+    """Experts of each layer, over all ranks."""
+    top_k: int | None = None
+    """Experts each token goes to."""
+    router: Literal["linear", "cosine"] | None = None
+    capacity_factor: float | None = None
+    """Room of an expert in training, in shares of an even load; 0 is dropless."""
+    eval_capacity_factor: float | None = None
+    """The same in evaluation."""
+    gate_noise: float | None = None
+    """Standard deviation, times experts, of the noise on the gate's logits in training."""
+    batch_prioritized: bool | None = None
+    """Where room is short, the tokens with the highest gate score go first."""
+    normalize_gate: bool | None = None
+    """With top_k > 1, divide a token's gate values by their sum."""
+    balance: Literal["load_importance", "gshard"] | None = None
+    aux_weight: float | None = None
+    """Weight of the balance loss."""
+    z_weight: float | None = None
+    """Weight of the z-loss."""
+    aux_scope: Literal["global", "rank"] = "global"
+    """Tokens over which these losses are taken: those of all ranks' micro-batches, or each rank's own, as in Tutel."""
+    cosine_dim: int | None = None
+    cosine_init_t: float | None = None
+    drop: float | None = None
+    """Dropout rate inside of experts."""
+    a2a_chunks: int | None = None
+    """Pieces in which tokens travel between ranks, so that experts compute meanwhile."""
+    ep_size: int = 1
+    """Ranks that share one set of experts; divides experts and ranks. Needs engine.zero_stage 1 or 2 above 1."""
+    backend: Literal["native", "tutel"] = "native"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +235,7 @@ class Config:
     data: Data
     augment: Augment = field(default_factory=Augment)
     model: Model
+    moe: MoE = field(default_factory=MoE)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train
@@ -241,99 +279,12 @@ def batch_plan(config: Config, ranks: int) -> BatchPlan:
             f"the micro-batch is {micro}, but mixup and cutmix pair neighbours, so it must be even; "
             "change train.micro_batch, or set augment.mixup_prob=0"
         )
+    if ranks % config.moe.ep_size:
+        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        raise UserError(f"moe.ep_size {config.moe.ep_size} does not divide the {ranks} ranks; choose one of {divisors}")
     return BatchPlan(global_batch=batch, per_rank=per_rank, micro=micro, accumulation=per_rank // micro, ranks=ranks)
 
 
 def learning_rate_scale(config: Config) -> float:
     """Factor from the learning rates in the config to absolute ones: global batch / 512 with lr_per_512, else 1."""
     return config.train.global_batch / 512 if config.optim.lr_per_512 is not None else 1.0
-
-
-def validate(config: Config) -> None:
-    """Check every value that can be judged without files or devices; raises UserError naming the key."""
-    positive = {
-        "data.prefetch": config.data.prefetch,
-        "data.block": config.data.block,
-        "data.max_pixels": config.data.max_pixels,
-        "train.global_batch": config.train.global_batch,
-        "train.epochs": config.train.epochs,
-        "train.log_every": config.train.log_every,
-        "train.max_skips": config.train.max_skips,
-        "engine.bucket_mb": config.engine.bucket_mb,
-        "engine.timeout_s": config.engine.timeout_s,
-        "optim.layer_decay": config.optim.layer_decay,
-        "optim.eps": config.optim.eps,
-    }
-    optional = {
-        "train.micro_batch": None if config.train.micro_batch == "auto" else config.train.micro_batch,
-        "train.max_steps": config.train.max_steps,
-        "train.eval_batch": config.train.eval_batch,
-        "schedule.total_steps": config.schedule.total_steps,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.every_minutes": config.checkpoint.every_minutes,
-        "checkpoint.keep_every_hours": config.checkpoint.keep_every_hours,
-        "engine.threads": config.engine.threads,
-        "optim.lr": config.optim.lr,
-        "optim.lr_per_512": config.optim.lr_per_512,
-    }
-    for key, value in {**positive, **{k: v for k, v in optional.items() if v is not None}}.items():
-        if not value > 0:
-            raise UserError(f"{key} is {value}; it must be above 0")
-    not_negative = {
-        "run.seed": config.run.seed,
-        "data.workers": config.data.workers,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.clip_grad": config.optim.clip_grad,
-        "schedule.warmup_epochs": config.schedule.warmup_epochs,
-        "schedule.warmup_steps": config.schedule.warmup_steps or 0,
-        "train.eval_every_epochs": config.train.eval_every_epochs,
-        "augment.mixup": config.augment.mixup,
-        "augment.cutmix": config.augment.cutmix,
-    }
-    for key, value in not_negative.items():
-        if not value >= 0:
-            raise UserError(f"{key} is {value}; it must not be negative")
-    fractions = {
-        "data.max_bad_rate": config.data.max_bad_rate,
-        "augment.hflip": config.augment.hflip,
-        "augment.reprob": config.augment.reprob,
-        "augment.mixup_prob": config.augment.mixup_prob,
-        "augment.mixup_switch_prob": config.augment.mixup_switch_prob,
-        "optim.label_smoothing": config.optim.label_smoothing,
-        "optim.ema_decay": config.optim.ema_decay,
-    }
-    for key, value in fractions.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{key} is {value}; it must lie between 0 and 1")
-    if not config.data.train:
-        raise UserError("data.train is empty; name at least one shard directory")
-    if config.data.weights and len(config.data.weights) != len(config.data.train):
-        raise UserError(
-            f"data.weights has {len(config.data.weights)} values for {len(config.data.train)} directories in data.train"
-        )
-    if any(not weight > 0 for weight in config.data.weights):
-        raise UserError(f"data.weights is {list(config.data.weights)}; every weight must be above 0")
-    if (config.optim.lr is None) == (config.optim.lr_per_512 is None):
-        raise UserError(
-            f"set exactly one of optim.lr (absolute) and optim.lr_per_512; they are {config.optim.lr} and "
-            f"{config.optim.lr_per_512}"
-        )
-    if config.checkpoint.keep < 2:
-        raise UserError(
-            f"checkpoint.keep is {config.checkpoint.keep}; keep at least 2, so that a damaged one does not lose the run"
-        )
-    if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
-        raise UserError(
-            f"engine.zero_stage is 0, which trains in fp32 only, and engine.precision is {config.engine.precision}; "
-            "set engine.zero_stage=1 or engine.precision=fp32"
-        )
-    if config.engine.zero_stage == 0 and config.engine.offload != "none":
-        raise UserError(
-            f"engine.offload is {config.engine.offload}, which engine.zero_stage 0 does not have; "
-            "set engine.zero_stage=1 or engine.offload=none"
-        )
-    low, high = config.augment.crop_scale
-    if not 0 < low <= high <= 1:
-        raise UserError(f"augment.crop_scale is {[low, high]}; it must be two rising fractions of the area in (0, 1]")
-    if config.schedule.name == "multistep" and not config.schedule.multisteps:
-        raise UserError("schedule.multisteps is empty; list the epochs at which a multistep schedule decays")

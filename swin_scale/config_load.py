@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from swin_scale.config import Config, validate
+from swin_scale.config import Config
+from swin_scale.config_check import validate
 from swin_scale.errors import UserError
 from swin_scale.strict_yaml import parse_yaml
 
@@ -276,6 +277,11 @@ SAFE = (
     "engine.bucket_mb",
     "engine.threads",
     "engine.timeout_s",
+    "moe.ep_size",
+    "moe.backend",
+    "moe.a2a_chunks",
+    "moe.eval_capacity_factor",
+    "moe.cosine_init_t",
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
     "checkpoint.keep",
@@ -298,6 +304,9 @@ IMPOSSIBLE = (
     "model.ape",
     "model.patch_norm",
     "model.extra_norm_interval",
+    "moe.experts",
+    "moe.router",
+    "moe.cosine_dim",
     "optim.name",
     # Steps are counted in global batches: another size would put the data cursor elsewhere.
     "train.global_batch",

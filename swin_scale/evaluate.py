@@ -33,9 +33,10 @@ def evaluate(
         with stream.batches(rank=dist.rank, world=dist.world, workers=workers) as batches:
             for batch in batches:
                 images = finish(batch.images.to(dist.device, non_blocking=True), dtype=dtype)
-                counts = accuracy_counts(
-                    module(images), batch.labels.to(dist.device), batch.valid.to(dist.device), topk=(1, 5)
-                )
+                output = module(images)
+                # A model with experts returns their auxiliary loss as well.
+                logits = output[0] if isinstance(output, tuple) else output
+                counts = accuracy_counts(logits, batch.labels.to(dist.device), batch.valid.to(dist.device), topk=(1, 5))
                 for name in COUNTS:
                     totals[name] += float(counts[name])
                 unusable += len(batch.skipped)

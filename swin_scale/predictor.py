@@ -83,7 +83,10 @@ def _predictor(network: Swin, classes: tuple[str, ...]) -> Callable[..., list[Gu
     def predictor(image: ImageLike, *, topk: int = 5) -> list[Guess]:
         pixels, _ = transform(_open(image))
         inputs = finish(torch.tensor(pixels).permute(2, 0, 1).unsqueeze(0).to(device))
-        probabilities = network(inputs).float().softmax(-1)[0]
+        output = network(inputs)
+        # A model with experts returns their auxiliary loss as well.
+        logits = output[0] if isinstance(output, tuple) else output
+        probabilities = logits.float().softmax(-1)[0]
         best = probabilities.topk(min(topk, count))
         return [
             Guess(label=label, name=classes[label] if classes else str(label), probability=probability)

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR_0 = {
     "config",
+    "config_check",
     "config_load",
     "strict_yaml",
     "errors",

@@ -28,11 +28,11 @@ from swin_scale.config import (
     Run,
     Train,
     batch_plan,
-    validate,
 )
 from swin_scale.config import (
     Schedule as ScheduleConfig,
 )
+from swin_scale.config_check import validate
 from swin_scale.engine.construct import build_model
 from swin_scale.engine.dist import Dist, init
 from swin_scale.engine.engine import DTYPES, Engine, MicroBatch, StepResult

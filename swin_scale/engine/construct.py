@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from swin_scale.config import Config
 from swin_scale.convert import load_weights
 from swin_scale.engine.dist import Dist
+from swin_scale.engine.experts import ExpertParallel, Held
 from swin_scale.errors import CheckpointError
 from swin_scale.models import create_model
 from swin_scale.models.swin import Swin
@@ -22,7 +24,11 @@ Values = Iterator[tuple[str, torch.Tensor]]
 
 
 def build_model(
-    config: Config, dist: Dist, overrides: Mapping[str, Any], weights: str | None = None
+    config: Config,
+    dist: Dist,
+    overrides: Mapping[str, Any],
+    weights: str | None = None,
+    experts: ExpertParallel | None = None,
 ) -> tuple[Swin, Values | None]:
     """(model, values) for `Engine`, initialised from `run.seed`, or from the file `weights` by `init.head`.
 
@@ -31,18 +37,25 @@ def build_model(
 
     Args:
         overrides: of the named variant, as a checkpoint describes its model.
+        experts: how its experts are spread over ranks. Where each has a part of them, each reads all of `weights`.
 
     Raises CheckpointError on all ranks when `weights` do not fit.
     """
     recompute = config.engine.activation_checkpointing
-    build = partial(
+    build_whole = partial(
         create_model, config.model.name, seed=config.run.seed, activation_checkpointing=recompute, **overrides
     )
+    build = partial(build_whole, **experts.model_options()) if experts is not None else build_whole
 
     def build_from_weights() -> Swin:
         model = build()
-        if weights is not None:
-            logger.info("%s", load_weights(model, weights, head=config.init.head))
+        if weights is None:
+            return model
+        held = experts.held(model) if experts is not None else {}
+        whole = build_whole() if held else model
+        logger.info("%s", load_weights(whole, weights, head=config.init.head))
+        if held:
+            _take_parts(model, whole, held)
         return model
 
     if config.engine.zero_stage < 3:
@@ -58,3 +71,12 @@ def build_model(
         raise CheckpointError(problem)
     with torch.device("meta"):
         return build(), values
+
+
+@torch.no_grad()
+def _take_parts(model: Swin, whole: Swin, held: Mapping[nn.Parameter, Held]) -> None:
+    """Copy all parameters of `whole`, of experts those that `model` holds."""
+    for (name, parameter), (_, source) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        start = held[parameter].start if parameter in held else 0
+        assert parameter in held or parameter.shape == source.shape, name
+        parameter.view(-1).copy_(source.view(-1)[start : start + parameter.numel()])

@@ -2,7 +2,8 @@
 
 Order inside `Engine.train_step`: seed -> (forward -> loss -> backward) per micro-batch -> one global norm, skip or
 update agreed by all ranks -> moving average -> `StepResult`. The loss is the mean over the valid samples of the global
-batch, so a run over any number of ranks and micro-batches follows the same gradients.
+batch, so a run over any number of ranks and micro-batches follows the same gradients. What a model with experts returns
+to keep them busy is added as the mean over micro-batches: each judges the balance of its own tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ from swin_scale.checkpoint import Checkpoint, Fragment
 from swin_scale.config import BatchPlan, Config
 from swin_scale.engine.dist import Dist
 from swin_scale.engine.ds_config import to_deepspeed
-from swin_scale.engine.fragments import FRAGMENTS, import_deepspeed, materialize
+from swin_scale.engine.experts import ExpertParallel, has_experts
+from swin_scale.engine.fragments import FRAGMENTS, experts_declared, import_deepspeed, materialize
 from swin_scale.engine.losses import soft_target_cross_entropy
 from swin_scale.engine.optim import build_optimizer, describe_groups, param_groups
 from swin_scale.engine.schedule import Schedule
 from swin_scale.errors import UserError
 from swin_scale.models.init import initial_values
 from swin_scale.models.swin import Swin
+from swin_scale.moe.stats import RoutingTally
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,12 +52,17 @@ class StepResult:
     """What a step tells; tensors stay on the device until they are logged."""
 
     loss: torch.Tensor
-    """0-d fp32: mean over the valid samples of the global batch, the same on all ranks."""
+    """0-d fp32: mean over the valid samples of the global batch, without `aux_loss`, the same on all ranks."""
     grad_norm: torch.Tensor
     """0-d fp32: global norm before clipping; inf when the update was skipped."""
     lr: float
     loss_scale: float
     skipped: bool
+    aux_loss: torch.Tensor | None = None
+    """0-d fp32: the weighted auxiliary loss, mean over micro-batches and ranks, the same on all ranks; None: dense."""
+    routing: RoutingTally = field(default_factory=RoutingTally)
+    """By the block's name, what each MoE layer did with the tokens: sums over this rank's micro-batches, not reduced
+    over ranks. Empty if dense."""
 
 
 class Engine:
@@ -68,6 +76,7 @@ class Engine:
         schedule: Schedule,
         dist: Dist,
         values: Iterator[tuple[str, torch.Tensor]] | None = None,
+        experts: ExpertParallel | None = None,
     ) -> None:
         """Wrap `model`; all ranks call this together.
 
@@ -75,11 +84,15 @@ class Engine:
             model: anywhere; under ZeRO-3 best on the meta device, so that no rank ever holds all of it.
             values: (name, value) of every parameter of a model on the meta device, in the order of
                 `named_parameters`; read on rank 0 alone. Default: the initial values of `run.seed`.
+            experts: how the experts of `model`, which was built with it, are spread over ranks; None: each has all.
         """
         self.config = config
         self.dist = dist
         self.schedule = schedule
         self._group = torch.distributed.group.WORLD
+        self._micro_batches = plan.accumulation
+        self._has_experts = has_experts(model)
+        held = experts.held(model) if experts is not None else {}
         self.dtype = DTYPES[config.engine.precision]
         stage = config.engine.zero_stage
         on_gpu = dist.device.type == "cuda"
@@ -88,10 +101,12 @@ class Engine:
         if config.engine.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise UserError("engine.precision is fp16, which this device does not support; use bf16 or fp32")
         # Grouped by shape, so before ZeRO-3 cuts parameters up.
-        groups = param_groups(model, config.optim)
+        groups = param_groups(model, config.optim, experts=held)
         self.groups_table = describe_groups(groups)
         settings = to_deepspeed(config, plan, on_gpu=on_gpu)
-        with warnings.catch_warnings(), _silent_stdout():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            stack.enter_context(_silent_stdout())
             warnings.simplefilter("ignore")
             if any(parameter.is_meta for parameter in model.parameters()):
                 assert stage == 3 and isinstance(model, Swin), "only ZeRO-3 takes a model on the meta device"
@@ -100,9 +115,11 @@ class Engine:
                 model.rebuild_buffers(dist.device)
             else:
                 model.to(dist.device)
+            if experts is not None and held:
+                stack.enter_context(experts_declared(model, experts, held, groups))
             self._deepspeed, self._zero, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(groups, config.optim, guarded=stage == 0),
+                optimizer=build_optimizer(groups, config.optim, guarded_by=None if stage else self._group),
                 config=settings,
                 dist_init_required=False,
             )
@@ -113,6 +130,7 @@ class Engine:
             rank=dist.rank,
             world=dist.world,
             group=self._group,
+            held=held,
             ema_decay=config.optim.ema_decay,
         )
 
@@ -131,19 +149,26 @@ class Engine:
         weight = dist.world / total.clamp(min=1.0)
         lr = self._set_learning_rate(step)
         self.module.train()
-        loss_sum = torch.zeros(1, device=dist.device)
+        sums = torch.zeros(2, device=dist.device)
+        routing = RoutingTally()
         for i, micro in enumerate(micro_batches):
             torch.manual_seed(noise_seed(self.config.run.seed, step, i, dist.rank))
-            logits = self._deepspeed(micro.inputs)
+            if self._has_experts:
+                logits, aux, stats = self._deepspeed(micro.inputs, stats=True)
+                routing.add(stats)
+            else:
+                logits, aux = self._deepspeed(micro.inputs), sums.new_zeros(())
             losses = soft_target_cross_entropy(logits, micro.targets)
             loss = torch.where(micro.valid, losses, 0.0).sum()
-            loss_sum += loss.detach()
+            sums += torch.stack([loss.detach(), aux.detach().float()])
+            loss = loss * weight.squeeze(0) + aux / self._micro_batches
             # A non-finite loss makes every gradient non-finite, on all ranks after the reduction: all skip together.
-            loss = loss * torch.where(loss.detach().isfinite(), weight, torch.nan).squeeze(0)
+            loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             self._deepspeed.backward(loss, scale_wrt_gas=False)
             scale = float(getattr(self._zero, "loss_scale", None) or 1.0)
             self._deepspeed.step()
-        torch.distributed.all_reduce(loss_sum, group=self._group)
+        torch.distributed.all_reduce(sums, group=self._group)
+        loss_sum, aux_sum = sums
         skipped = bool(self._zero.overflow)
         if not skipped:
             self.fragments.update_ema()
@@ -151,11 +176,13 @@ class Engine:
         if norm is None:  # stage 0
             norm = self._zero.grad_norm
         return StepResult(
-            loss=(loss_sum / total.clamp(min=1.0)).squeeze(0),
+            loss=loss_sum / total.squeeze(0).clamp(min=1.0),
             grad_norm=torch.as_tensor(norm, dtype=torch.float32, device=dist.device),
             lr=lr,
             loss_scale=scale,
             skipped=skipped,
+            aux_loss=aux_sum / (dist.world * self._micro_batches) if self._has_experts else None,
+            routing=routing,
         )
 
     def _set_learning_rate(self, step: int) -> float:

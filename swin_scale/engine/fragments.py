@@ -6,6 +6,8 @@ that piece under the parameter's own name and flat range, so whatever is saved h
 Private names used, with `tests/engine/test_fragments.py` as the contract test:
 
 - everywhere: ``deepspeed.ops.__compatible_ops__``, ``deepspeed.runtime.zero.muon.original_muon``, ``loss_scaler``
+- experts: ``groups._EXPERT_PARALLEL_GROUP``, ``_EXPERT_DATA_PARALLEL_GROUP`` and their ``_RANKS``; of a parameter
+  ``allreduce`` and ``group_name``, of an optimizer's group ``moe`` and ``name``
 - stages 1 and 2: ``_hp_mapping`` (``lp_fragment_address``, ``hp_fragment``, ``optim_fragment``),
   ``check_grad_overflow``, ``_hp_optimizer_states_linked``, ``_lazy_init_hp_params_optimizer_state``
 - stage 3: ``zero.Init._convert_to_zero_parameters``; of a parameter ``ds_tensor``, ``ds_numel``, ``ds_shape``,
@@ -20,11 +22,13 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swin_scale.engine.experts import ExpertParallel, Held
 from swin_scale.engine.pieces import Fragments, Piece, ReplicatedFragments, moment_names
 from swin_scale.errors import UserError
 
@@ -66,6 +70,49 @@ def _import_muon_uncompiled() -> None:
         torch.compile = compile_function
 
 
+@contextmanager
+def experts_declared(
+    model: nn.Module,
+    experts: ExpertParallel,
+    held: Mapping[nn.Parameter, Held],
+    groups: Sequence[dict[str, Any]],
+) -> Iterator[None]:
+    """While DeepSpeed wraps `model`, it knows which parameters are spread over ranks, and their `groups`.
+
+    It looks for layers of its own class: one without parameters stands in `model` for that time. The gradients of these
+    parameters are then summed over the ranks that hold them and divided by all ranks, as each got the tokens of many.
+    """
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups as known
+
+    class Sign(MoE):
+        num_experts = 0
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            """The groups exist already, with the run's time limit."""
+
+    name = f"ep_size_{experts.size}"
+    for groups_by_name, ranks_by_name, group in (
+        (known._EXPERT_PARALLEL_GROUP, known._EXPERT_PARALLEL_GROUP_RANKS, experts.group),
+        (known._EXPERT_DATA_PARALLEL_GROUP, known._EXPERT_DATA_PARALLEL_GROUP_RANKS, experts.data_group),
+    ):
+        groups_by_name[name] = group
+        ranks_by_name[name] = torch.distributed.get_process_group_ranks(group)
+    for parameter in held:
+        parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
+    for options in groups:
+        if options["params"][0] in held:
+            options.update(moe=True, name=name)
+    model.add_module("_sign", Sign())
+    try:
+        yield
+    finally:
+        del model._sign
+
+
 class ZeroFragments(Fragments):
     """Stages 1 and 2: DeepSpeed maps each parameter to its part of this rank's flat partition."""
 
@@ -77,15 +124,19 @@ class ZeroFragments(Fragments):
     def pieces(self) -> list[Piece]:
         found = []
         for name, parameter in self._module.named_parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
+            mapping, held = getattr(parameter, "_hp_mapping", None), self._held.get(parameter)
+            first = self._rank == 0 if held is None else held.first
             if mapping is not None:
                 start, master = mapping.lp_fragment_address.start, mapping.hp_fragment
                 moments = mapping.optim_fragment or {}
-                found.append(Piece(name=name, parameter=parameter, start=start, master=master, moments=moments))
-            elif not parameter.requires_grad and self._rank == 0:
-                # A frozen parameter is whole on every rank and saved by the first.
-                master = parameter.data.view(-1)
-                found.append(Piece(name=name, parameter=parameter, start=0, master=master, moments={}))
+            elif not parameter.requires_grad and first:
+                # A frozen parameter is whole on every rank that has it, and saved by the first.
+                start, master, moments = 0, parameter.data.view(-1), {}
+            else:
+                continue
+            origin = 0 if held is None else held.start
+            piece = Piece(name=name, parameter=parameter, start=start, master=master, moments=moments, origin=origin)
+            found.append(piece)
         return found
 
     def _flat(self) -> Iterator[tuple[dict[str, Any], Tensor]]:

@@ -8,12 +8,13 @@ used to fine-tune SimMIM weights).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from swin_scale.config import Optim
 from swin_scale.errors import UserError
@@ -77,12 +78,14 @@ def stage_depths(names: Iterable[str]) -> tuple[int, ...]:
     return tuple(depths[stage] for stage in sorted(depths))
 
 
-def param_groups(model: nn.Module, optim: Optim) -> list[ParamGroup]:
+def param_groups(model: nn.Module, optim: Optim, experts: Collection[nn.Parameter] = ()) -> list[ParamGroup]:
     """Groups for a torch optimizer, every trained parameter in exactly one; frozen ones are left out.
 
+    Parameters in `experts`, those that are not on all ranks, have groups of their own.
+
     Each group has `params`, `names` (in the same order), `name`, `weight_decay` and `lr_scale`. Groups are ordered by
-    layer, decayed before undecayed, parameters as in the model: the order is part of a checkpoint's meaning for
-    DeepSpeed, so it depends on nothing else. Raises UserError when nothing is trained.
+    layer, decayed before undecayed, experts last, parameters as in the model: the order is part of a checkpoint's
+    meaning for DeepSpeed, so it depends on nothing else. Raises UserError when nothing is trained.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
@@ -90,13 +93,14 @@ def param_groups(model: nn.Module, optim: Optim) -> list[ParamGroup]:
     depths = stage_depths(name for name, _ in model.named_parameters())
     layerwise = optim.layer_decay != 1.0
     last = sum(depths) + 1
-    groups: dict[tuple[int, bool], ParamGroup] = {}
+    spread = frozenset(experts)
+    groups: dict[tuple[int, bool, bool], ParamGroup] = {}
     for name, parameter in named:
         layer = layer_id(name, depths) if layerwise else last
-        decay = decays(name, parameter)
-        kind = "decay" if decay else "no_decay"
+        decay, expert = decays(name, parameter), parameter in spread
+        kind = ("decay" if decay else "no_decay") + ("_experts" if expert else "")
         group = groups.setdefault(
-            (layer, not decay),
+            (layer, not decay, expert),
             {
                 "params": [],
                 "names": [],
@@ -137,24 +141,27 @@ def describe_groups(groups: Sequence[ParamGroup]) -> str:
     )
 
 
-def build_optimizer(groups: Sequence[ParamGroup], optim: Optim, *, guarded: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: Sequence[ParamGroup], optim: Optim, *, guarded_by: ProcessGroup | None = None
+) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum, over `groups`; the schedule sets the learning rate before every update.
 
     The fused kernels are used on CUDA and CPU alike: one pass over memory (6 to 20 times faster than the loops on a
     CPU), and every element gets the same bits wherever it lies in a shard and however many threads there are.
 
-    With `guarded` the optimizer itself takes the norm, clips and skips (see `Guarded`), as ZeRO's wrappers do.
+    With `guarded_by`, the group of all ranks, the optimizer itself takes the norm, clips and skips (see `Guarded`), as
+    ZeRO's wrappers do.
     """
     options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "fused": True}
     optimizer: torch.optim.Optimizer
     if optim.name == "sgd":
-        sgd = GuardedSGD if guarded else torch.optim.SGD
+        sgd = GuardedSGD if guarded_by else torch.optim.SGD
         optimizer = sgd(list(groups), momentum=optim.momentum, nesterov=optim.momentum > 0, **options)
     else:
-        adamw = GuardedAdamW if guarded else torch.optim.AdamW
+        adamw = GuardedAdamW if guarded_by else torch.optim.AdamW
         optimizer = adamw(list(groups), betas=optim.betas, eps=optim.eps, **options)
     if isinstance(optimizer, Guarded):
-        optimizer.clip_grad = optim.clip_grad
+        optimizer.group, optimizer.clip_grad = guarded_by, optim.clip_grad
     return optimizer
 
 
@@ -162,9 +169,10 @@ class Guarded(torch.optim.Optimizer):
     """An optimizer over whole parameters whose gradients are already the same on all ranks.
 
     `step` leaves the global norm in `grad_norm` and scales gradients down to `clip_grad` (0: off). When the norm is not
-    finite on any rank it updates nothing on all of them, sets `overflow`, and `grad_norm` is inf.
+    finite on any rank of `group` it updates nothing on all of them, sets `overflow`, and `grad_norm` is inf.
     """
 
+    group: ProcessGroup | None = None
     clip_grad: float = 0.0
     overflow: bool = False
     grad_norm: torch.Tensor | float = 0.0
@@ -174,7 +182,7 @@ class Guarded(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         finite = norm.isfinite().float()
-        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN, group=torch.distributed.group.WORLD)
+        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN, group=self.group)
         self.overflow = not bool(finite)
         self.grad_norm = float("inf") if self.overflow else norm
         if self.overflow:

@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from swin_scale.checkpoint import Checkpoint, Fragment
+from swin_scale.engine.experts import Held
 from swin_scale.errors import CheckpointError
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -31,11 +32,18 @@ class Piece:
     name: str
     parameter: nn.Parameter
     start: int
-    """First element of the flattened parameter."""
+    """First element of the flattened parameter, as this rank holds it."""
     master: Tensor
     """(length,) view of the fp32 master copy; of the parameter itself when that is frozen."""
     moments: Mapping[str, Tensor]
     """The optimizer's state, each a (length,) fp32 view; empty before the first update."""
+    origin: int = 0
+    """The element of the whole parameter that this rank's begins with: above 0 where earlier ranks hold experts."""
+
+    @property
+    def global_start(self) -> int:
+        """First element, counted over the experts of all ranks."""
+        return self.origin + self.start
 
 
 class Fragments(ABC):
@@ -45,13 +53,25 @@ class Fragments(ABC):
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: Any, *, rank: int, world: int, group: Any, ema_decay: float = 0.0
+        self,
+        module: nn.Module,
+        optimizer: Any,
+        *,
+        rank: int,
+        world: int,
+        group: Any,
+        held: Mapping[nn.Parameter, Held],
+        ema_decay: float = 0.0,
     ) -> None:
+        """`held`: the parameters that are not on all ranks of `group`, but spread over them by expert."""
         self._module = module
         self._optimizer = optimizer
         self._rank, self._world, self._group = rank, world, group
+        self._held = held
         self._ema_decay = ema_decay
-        self._ema = [piece.master.clone() for piece in self.pieces()] if ema_decay else []
+        # Masters stay where they are for good.
+        self._masters = [piece.master for piece in self.pieces()] if ema_decay else []
+        self._ema = [master.clone() for master in self._masters]
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
@@ -62,8 +82,8 @@ class Fragments(ABC):
         """(options, tensor) for every tensor that torch's optimizer updates."""
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """Full shape of a parameter of the module, wherever its elements are."""
-        return tuple(parameter.shape)
+        """Full shape of a parameter of the module, wherever its elements are, experts of all ranks included."""
+        return self._held[parameter].shape if parameter in self._held else tuple(parameter.shape)
 
     @property
     def _base(self) -> torch.optim.Optimizer:
@@ -85,7 +105,7 @@ class Fragments(ABC):
                 parts["ema"] = self._ema[i]
             shape = self.shape(piece.parameter)
             for kind, data in parts.items():
-                yield Fragment(name=piece.name, kind=kind, shape=shape, start=piece.start, data=data.detach())
+                yield Fragment(name=piece.name, kind=kind, shape=shape, start=piece.global_start, data=data.detach())
 
     def state(self) -> dict[str, Any]:
         """What is the same on all ranks: applied updates and the loss scaler."""
@@ -109,12 +129,12 @@ class Fragments(ABC):
             for kind, target in {"master": piece.master, **piece.moments}.items():
                 if kind not in kinds:
                     raise CheckpointError(f"{checkpoint.path} has no {kind}; it was saved with another optim.name")
-                checkpoint.read(kind, piece.name, piece.start, target.numel(), out=target)
+                checkpoint.read(kind, piece.name, piece.global_start, target.numel(), out=target)
         if self._ema:
             # A run that turns its moving average on starts it from the weights.
             kind = "ema" if "ema" in kinds else "master"
             for piece, average in zip(self.pieces(), self._ema, strict=True):
-                checkpoint.read(kind, piece.name, piece.start, average.numel(), out=average)
+                checkpoint.read(kind, piece.name, piece.global_start, average.numel(), out=average)
         scaler = getattr(self._optimizer, "loss_scaler", None)
         for key, value in state["loss_scaler"].items():
             if hasattr(scaler, key):
@@ -147,8 +167,7 @@ class Fragments(ABC):
     def update_ema(self) -> None:
         """Move the average towards the masters; call after an update that was applied."""
         if self._ema:
-            masters = [piece.master for piece in self.pieces()]
-            torch._foreach_lerp_(self._ema, masters, 1.0 - self._ema_decay)
+            torch._foreach_lerp_(self._ema, self._masters, 1.0 - self._ema_decay)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -168,15 +187,24 @@ class Fragments(ABC):
         owned: dict[int, list[tuple[int, Tensor]]] = {}
         for piece, source in zip(self.pieces(), sources, strict=True):
             owned.setdefault(id(piece.parameter), []).append((piece.start, source))
-        for bucket in _buckets(list(self._module.parameters())):
-            sizes = [parameter.numel() for parameter in bucket]
-            joined = bucket[0].new_zeros(sum(sizes))
-            for parameter, values in zip(bucket, joined.split(sizes), strict=True):
-                for start, source in owned.get(id(parameter), ()):
-                    values[start : start + source.numel()].copy_(source)
-            torch.distributed.all_reduce(joined, group=self._group)
-            for parameter, values in zip(bucket, joined.split(sizes), strict=True):
-                parameter.data.copy_(values.view_as(parameter))
+        for group, parameters in self._sharers().items():
+            for bucket in _buckets(parameters):
+                sizes = [parameter.numel() for parameter in bucket]
+                joined = bucket[0].new_zeros(sum(sizes))
+                for parameter, values in zip(bucket, joined.split(sizes), strict=True):
+                    for start, source in owned.get(id(parameter), ()):
+                        values[start : start + source.numel()].copy_(source)
+                torch.distributed.all_reduce(joined, group=group)
+                for parameter, values in zip(bucket, joined.split(sizes), strict=True):
+                    parameter.data.copy_(values.view_as(parameter))
+
+    def _sharers(self) -> dict[Any, list[nn.Parameter]]:
+        """Groups of ranks, and the parameters that these hold in common; in the same order on all ranks."""
+        found: dict[Any, list[nn.Parameter]] = {}
+        for parameter in self._module.parameters():
+            group = self._held[parameter].group if parameter in self._held else self._group
+            found.setdefault(group, []).append(parameter)
+        return found
 
 
 class ReplicatedFragments(Fragments):
