@@ -16,9 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from swin_scale.log import JsonLines, Row
+from swin_scale.report.palette import paint
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ STEP_KEYS = (
     "data_wait_s", "step_s", "mem_gb", "batch_digest",
 )  # fmt: skip
 """Keys that every step row has; models add their own, such as routing figures."""
+HEAT_MAP_PIXELS = 192
+"""At least so many along the longer side of a heat map."""
 _SPEED_KEYS = ("images_per_s", "mfu", "data_wait_s", "step_s", "mem_gb")
 _NOT_DRAWN = ("step", "samples", "batch_digest")
 
@@ -71,6 +75,13 @@ class MetricWriter:
         """Draw a batch (B, 3, H, W) uint8 as one picture in TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.image(tag, image_grid(images), step)
+
+    def heat_map(self, tag: str, values: np.ndarray, step: int) -> None:
+        """Draw a map (H, W) of numbers from 0 up as a picture in TensorBoard: from 0, pale, to its maximum, dark."""
+        if self._tensorboard is not None:
+            size = -(-HEAT_MAP_PIXELS // max(values.shape))
+            picture = np.kron(paint(values, values.max()), np.ones((size, size, 1), dtype=np.uint8))
+            self._tensorboard.image(tag, torch.tensor(picture).permute(2, 0, 1), step)
 
     def close(self) -> None:
         self.flush()

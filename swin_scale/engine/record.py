@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 
 from swin_scale.config import Config
 from swin_scale.data import Batch, SkipLedger, Skipped, TrainStream, batch_digest
 from swin_scale.engine.dist import Dist
 from swin_scale.engine.engine import StepResult
 from swin_scale.engine.metrics import MetricWriter, Progress, StepClock
+from swin_scale.engine.routing import RoutingLog, RoutingRecord
 from swin_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,9 @@ class StepLog:
         self._ledger = SkipLedger(run_dir / "skipped.jsonl", max_rate=config.data.max_bad_rate)
         # Forward and backward: three times the forward's multiply-adds, two operations each.
         self._clock = StepClock(device=dist.device, ranks=dist.world, flops_per_image=6 * flops_per_image)
+        world = torch.distributed.group.WORLD
+        assert world is not None, "StepLog before dist.init"
+        self._routing = RoutingLog(world, total_steps=total_steps)
         self._progress: Progress | None = None
         self._total_steps = total_steps
         self._pending: list[tuple[Batch, dict[str, Any]]] = []
@@ -74,6 +79,9 @@ class StepLog:
             **self._clock.step(order.global_batch),
             "data_wait_s": batch.wait_s,
         }
+        if result.aux_loss is not None:
+            row["aux_loss"] = result.aux_loss
+        self._routing.add(result.routing)
         # The images go back to the loader; only what the diary needs is kept.
         self._pending.append((dataclasses.replace(batch, images=torch.empty(0, dtype=torch.uint8)), row))
 
@@ -91,12 +99,17 @@ class StepLog:
         skipped: list[Any] | None = None
         if self._dist.any_rank(any(mine)):
             skipped = self._dist.gather_json("skipped samples", mine)
+        routing = self._routing.flush(pending[-1][1]["step"], sum(row["step_s"] for _, row in pending))
         problem = None
         if self._dist.is_main:
+            if routing is not None:
+                pending[-1][1].update(routing.row)
             for i, (_, row) in enumerate(pending):
                 digest = batch_digest(by_rank[:, i].reshape(-1))
                 self._writer.add({**row, "batch_digest": digest})
             rows = self._writer.flush()
+            if routing is not None:
+                self._routing_events(rows[-1]["step"], routing)
             problem = self._keep_ledger([batch for batch, _ in pending], by_rank, skipped)
             if self._progress is not None:
                 self._progress.update(rows[-1]["step"], rows[-1])
@@ -117,6 +130,15 @@ class StepLog:
                 self._writer.event("skipped_sample", batch.step + 1, **dataclasses.asdict(record))
         return None
 
+    def _routing_events(self, step: int, routing: RoutingRecord) -> None:
+        for alarm in routing.alarms:
+            logger.warning("step %d: %s", step, alarm.problem)
+            self._writer.event(alarm.name, step, layer=alarm.layer, problem=alarm.problem, **alarm.fields)
+        if routing.maps is not None:
+            self._writer.event("routing", step, **routing.maps)
+            for name, layer in routing.maps["layers"].items():
+                self._writer.heat_map(f"moe/{name}/dropped", np.array(layer["dropped"] or [[0.0]]), step)
+
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Write an event after the pending rows, and leave its time out of the next step's."""
         self.flush()
@@ -130,14 +152,16 @@ class StepLog:
         self._writer.images("first_batch", images)
 
     def state(self) -> dict[str, Any]:
-        """What must survive a restart: skips in a row, and how many samples were seen and unusable."""
+        """What must survive a restart: skips in a row, how many samples were seen and unusable, routers' alarms."""
         counts = self._dist.broadcast_json("ledger", {"seen": self._ledger.seen, "bad": self._ledger.bad})
-        return {"skips_in_a_row": self.skips_in_a_row, "ledger": counts}
+        routers = self._dist.broadcast_json("routers", self._routing.watch.state())
+        return {"skips_in_a_row": self.skips_in_a_row, "ledger": counts, "routers": routers}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up `state` of a checkpoint."""
         self.skips_in_a_row = int(state["skips_in_a_row"])
         self._ledger.seen, self._ledger.bad = int(state["ledger"]["seen"]), int(state["ledger"]["bad"])
+        self._routing.watch.restore(state.get("routers", {}))  # checkpoints of dense models may lack it
 
     def __enter__(self) -> StepLog:
         return self

@@ -1,0 +1,87 @@
+"""Sums of routing statistics, and the time spent waiting for other ranks."""
+
+import time
+
+import pytest
+import torch
+
+from swin_scale.moe.comm import Waits
+from swin_scale.moe.config import MoEConfig
+from swin_scale.moe.stats import LayerTally, RoutingTally, largest_variation
+from tests.moe.cases import DIM, inputs, layer
+from tests.spawn import spawn_dist
+
+CONFIG = MoEConfig(num_experts=4, top_k=2, eval_capacity_factor=0.5, drop=0)
+
+
+def image_stats(batch: int, seed: int = 7):
+    x = inputs(batch * 6, seed=seed)[0].view(batch, 2, 3, DIM)
+    return layer(CONFIG)(x)[2]
+
+
+def test_places_of_an_image_are_where_tokens_were_dropped():
+    stats = image_stats(4)
+    assert stats.shape == (4, 2, 3) and stats.tokens == 24
+    dropped = stats.dropped_by_position()
+    by_hand = torch.zeros(2, 3, dtype=torch.int64)
+    for token, kept in enumerate(stats.kept_TK.tolist()):
+        by_hand[token % 6 // 3, token % 3] += kept.count(False)
+    assert torch.equal(dropped, by_hand) and int(dropped.sum()) == int(stats.dropped) > 0
+
+
+def test_sums_over_micro_batches_are_those_of_all_tokens_and_nothing_per_token_is_kept():
+    parts = [image_stats(2, seed) for seed in (1, 2, 3)]
+    tally = RoutingTally()
+    for stats in parts:
+        tally.add({"block": stats})
+    ((name, made),) = tally.layers.items()
+    assert (name, made.num_experts, made.top_k, made.ep_size, made.grid) == ("block", 4, 2, 1, (2, 3))
+    tokens, confidence, entropy, z, balance, *loads = made.sums.tolist()
+    assert tokens == 36 and made.sums.dtype == torch.float64
+    for got, name in ((confidence, "confidence"), (entropy, "entropy"), (z, "z")):
+        assert got == pytest.approx(sum(float(getattr(stats, name)) for stats in parts))
+    assert balance == pytest.approx(sum(12 * float(stats.balance_loss) for stats in parts))
+    assert loads == sum(torch.cat([s.routed_E, s.kept_E]) for s in parts).tolist() and sum(loads[:4]) == 72
+    assert made.maps[4:].tolist() == sum(s.dropped_by_position() for s in parts).flatten().tolist()
+    assert max(len(t) for t in (made.sums, made.maps)) < 36 and 0 < tally.seconds < 1
+
+
+def test_tokens_without_an_image_have_no_map():
+    made = LayerTally.of(layer(CONFIG)(inputs(24)[0])[2])
+    assert made.grid == () and len(made.maps) == 4
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 1), (128, 1), (8, 2), (4, 4)])
+def test_the_largest_variation_is_that_of_k_experts_sharing_everything(experts, top_k):
+    load = torch.zeros(experts, dtype=torch.float64)
+    load[:top_k] = 10
+    assert largest_variation(experts, top_k) == pytest.approx(float(load.std(correction=0) / load.mean()))
+
+
+def test_waits_add_up():
+    waits = Waits()
+    for _ in range(2):
+        with waits.timed(torch.device("cpu")):
+            time.sleep(0.01)
+    assert 0.02 <= waits.seconds() == waits.seconds() < 0.5
+
+
+def late_rank(dist):
+    """Rank 1 is late in forward by 0.2 s and again in backward; rank 0 waits for it."""
+    module = layer(MoEConfig(num_experts=4, drop=0), ep_group=torch.distributed.group.WORLD)
+    x = inputs(40)[0].requires_grad_()
+    if dist.rank:
+        time.sleep(0.2)
+    y, _, stats = module(x)
+    forward = stats.waits.seconds()
+    torch.distributed.barrier(group=dist.cpu_group)
+    if dist.rank:
+        time.sleep(0.2)
+    y.sum().backward()
+    return stats.ep_size, forward, stats.waits.seconds() - forward
+
+
+def test_waiting_for_a_late_rank_is_measured_in_forward_and_backward():
+    (size, forward, backward), late = spawn_dist(2, late_rank)
+    assert size == 2 and forward > 0.15 and backward > 0.15
+    assert late[1] < 0.1 and late[2] < 0.1
