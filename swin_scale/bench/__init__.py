@@ -2,3 +2,6 @@
 
 PEERS = ("official", "timm", "huggingface")
 """What `bench model` compares with."""
+
+MOE_PEERS = ("dense", "tutel", "deepspeed", "one-hot")
+"""What `bench moe` compares with."""

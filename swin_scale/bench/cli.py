@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from swin_scale.bench import PEERS
+from swin_scale.bench import MOE_PEERS, PEERS
 
 
 def add_parser(verbs: Any) -> None:
@@ -47,6 +47,18 @@ def add_parser(verbs: Any) -> None:
     checkpoint.add_argument("--dir", help="where files are written and removed; default: the system's temporary place")
     checkpoint.add_argument("--out", metavar="FILE", help="write the result as JSON")
     checkpoint.set_defaults(handler=_checkpoint)
+    moe = what.add_parser("moe", help="an MoE layer against a dense MLP, Tutel, DeepSpeed and one-hot einsum")
+    moe.add_argument("--dim", type=int, default=384, help="channels; experts have four times as many hidden units")
+    moe.add_argument("--tokens", type=int, default=4096, help="of the comparisons with 8 experts")
+    moe.add_argument("--many-tokens", type=int, default=16384, help="of the comparison with 64 experts")
+    moe.add_argument("--memory-tokens", type=int, default=32768, help="of the comparison of memory; 0: none")
+    moe.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    moe.add_argument("--threads", type=int, default=2, help="CPU threads")
+    moe.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="for all alike")
+    moe.add_argument("--peers", nargs="+", choices=MOE_PEERS, default=MOE_PEERS, help="default: all of them")
+    moe.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    moe.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    moe.set_defaults(handler=_moe)
 
 
 def _arguments(parser: argparse.ArgumentParser, *, name: str, batch: int) -> None:
@@ -117,6 +129,26 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
             zero_stage=arguments.zero_stage,
             threads=arguments.threads,
             directory=arguments.dir,
+            out=arguments.out,
+        )
+    )
+    return 0
+
+
+def _moe(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.moe import bench_moe
+
+    print(
+        bench_moe(
+            dim=arguments.dim,
+            tokens=arguments.tokens,
+            many_tokens=arguments.many_tokens,
+            memory_tokens=arguments.memory_tokens,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+            precision=arguments.precision,
+            only=tuple(arguments.peers),
+            device=arguments.device,
             out=arguments.out,
         )
     )
