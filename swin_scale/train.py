@@ -1,18 +1,16 @@
 """One training run from config to final checkpoint; the same call resumes it.
 
-In the order in which it happens: `prepare` judges the whole request before any process group exists; `run` joins the
-ranks, finds the checkpoint to resume from, wraps the model, and loops: batch -> step -> record -> save -> evaluate.
+In the order in which it happens: `job.prepare` judges the whole request before any process group exists; `run` joins
+the ranks, finds the checkpoint to resume from, wraps the model, and loops: batch -> step -> record -> save -> evaluate.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,12 @@ import torch
 import xxhash
 
 from swin_scale.checkpoint import SMALL_FILES, Checkpoint, checkpoint_bytes, list_steps, shortage
-from swin_scale.config import BatchPlan, Config, batch_plan
 from swin_scale.config_load import LoadedConfig, config_from_text, diff_configs
-from swin_scale.data import Batch, EvalStream, TrainStream, draw_mix, finish, mix_batch, open_shard_sets
+from swin_scale.data import Batch, draw_mix, finish, mix_batch
 from swin_scale.engine.construct import build_model
 from swin_scale.engine.dist import Dist, init, peer_loss
 from swin_scale.engine.engine import Engine, MicroBatch
+from swin_scale.engine.experts import ExpertParallel
 from swin_scale.engine.layout import read_env
 from swin_scale.engine.losses import smooth_targets
 from swin_scale.engine.record import StepLog
@@ -33,99 +31,13 @@ from swin_scale.engine.saving import load_survived, loading, newest_good, save
 from swin_scale.engine.schedule import Schedule
 from swin_scale.errors import CheckpointError, DivergedError, SwinScaleError, UserError
 from swin_scale.evaluate import evaluate
+from swin_scale.job import Job, architecture, prepare
 from swin_scale.log import setup_logging
-from swin_scale.models import Variant, create_model, flops, variant
+from swin_scale.models import flops
 from swin_scale.report import environment, write_report
 from swin_scale.run_dir import ExitRecord, take, write_config
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A request that was judged sound: concrete config, open shard sets, batch arithmetic."""
-
-    config: Config
-    config_text: str
-    plan: BatchPlan
-    stream: TrainStream
-    val: tuple[EvalStream, ...]
-    model: dict[str, Any]
-    """What a checkpoint says about its model: name, overrides, class names."""
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.train.epochs * self.stream.steps_per_epoch
-
-    @property
-    def stop_step(self) -> int:
-        return min(self.total_steps, self.config.train.max_steps or self.total_steps)
-
-
-def prepare(loaded: LoadedConfig, ranks: int) -> Job:
-    """Fill in what follows from the model's name and the data; raises UserError or DataError before anything starts."""
-    config, origin = loaded.config, dict(loaded.origin)
-    plan = batch_plan(config, ranks)
-    default = variant(config.model.name)
-    sources = open_shard_sets(config.data.train)
-    val_sources = open_shard_sets([*config.data.train[:1], *config.data.val], key="data.val")[1:]
-    classes = sources[0].manifest.classes
-    if config.model.num_classes not in (None, len(classes)):
-        raise UserError(
-            f"model.num_classes is {config.model.num_classes}, but {config.data.train[0]} has {len(classes)} classes; "
-            "leave it out to follow the data"
-        )
-    if config.data.img_size is None:
-        config = _replace(config, "data", img_size=default.img_size)
-        origin["data.img_size"] = config.model.name
-    if config.model.num_classes is None:
-        config = _replace(config, "model", num_classes=len(classes))
-        origin["model.num_classes"] = config.data.train[0]
-    img_size = config.data.img_size
-    assert img_size is not None
-    overrides = {k: v for k, v in dataclasses.asdict(config.model).items() if k != "name" and v is not None}
-    overrides["img_size"] = img_size
-    with torch.device("meta"):
-        create_model(config.model.name, **overrides)
-    stream = TrainStream(
-        sources,
-        seed=config.run.seed,
-        global_batch=plan.global_batch,
-        img_size=img_size,
-        augment=config.augment,
-        weights=config.data.weights,
-        drop_last=config.data.drop_last,
-        block=config.data.block,
-        max_pixels=config.data.max_pixels,
-    )
-    eval_batch = (config.train.eval_batch or plan.micro) * ranks
-    val = tuple(
-        EvalStream(
-            source,
-            global_batch=eval_batch,
-            img_size=img_size,
-            augment=config.augment,
-            max_pixels=config.data.max_pixels,
-        )
-        for source in val_sources
-    )
-    model = {
-        "name": config.model.name,
-        "overrides": overrides,
-        "classes": list(classes),
-        "wnids": list(sources[0].manifest.wnids or ()) or None,
-    }
-    text = LoadedConfig(config=config, origin=origin).dump()
-    return Job(config=config, config_text=text, plan=plan, stream=stream, val=val, model=model)
-
-
-def architecture(job: Job) -> Variant:
-    """The model's variant with the job's overrides."""
-    return variant(job.model["name"], **job.model["overrides"])
-
-
-def _replace(config: Config, section: str, **values: Any) -> Config:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
 def run(loaded: LoadedConfig, *, allow_change: bool = False) -> int:
@@ -171,11 +83,13 @@ def _train(job: Job, dist: Dist, allow_change: bool) -> None:
     if dist.is_main:
         write_config(run_dir, job.config_text)
     weights = config.init.weights if checkpoint is None else None
-    model, values = build_model(config, dist, job.model["overrides"], weights)
+    network = architecture(job)
+    experts = ExpertParallel.create(dist, config.moe) if network.moe is not None else None
+    model, values = build_model(config, dist, job.model["overrides"], weights, experts)
     schedule = Schedule.from_config(config, job.stream.steps_per_epoch)
-    engine = Engine(model, config, plan, schedule, dist, values)
+    engine = Engine(model, config, plan, schedule, dist, values, experts)
     logger.info("%s", engine.groups_table)
-    macs = flops(architecture(job))
+    macs = flops(network)
     with contextlib.ExitStack() as stack:
         log = StepLog(run_dir, config, job.stream, dist, total_steps=job.stop_step, flops_per_image=macs)
         stack.enter_context(log)
