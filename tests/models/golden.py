@@ -24,6 +24,8 @@ def fill(module: nn.Module) -> nn.Module:
         v = sequence(parameter.numel(), sum(map(ord, name)) % 1000).view_as(parameter)
         if "logit_scale" in name:
             v = math.log(10) + 3 * v
+        elif "temperature" in name:
+            v = math.log(2) + 0.5 * v
         elif "cpb_mlp" in name:
             pass
         elif "relative_position_bias_table" in name:
