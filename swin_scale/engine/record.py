@@ -109,7 +109,8 @@ class StepLog:
                 self._writer.add({**row, "batch_digest": digest})
             rows = self._writer.flush()
             if routing is not None:
-                self._routing_events(rows[-1]["step"], routing)
+                with self._routing.on_account():
+                    self._routing_events(rows[-1]["step"], routing)
             problem = self._keep_ledger([batch for batch, _ in pending], by_rank, skipped)
             if self._progress is not None:
                 self._progress.update(rows[-1]["step"], rows[-1])

@@ -6,10 +6,10 @@ ranks in one reduction and makes numbers of them on rank 0; nothing waits for th
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,8 @@ import torch
 import torch.distributed
 from torch.distributed import ProcessGroup
 
-from swin_scale.moe.stats import LayerTally, RoutingTally, largest_variation
+from swin_scale.moe.stats import LayerTally, RoutingTally, collect, largest_variation
 
-logger = logging.getLogger(__name__)
 
 PREFIX = "moe/"
 FIGURES = (
@@ -46,9 +45,9 @@ class LayerSums:
     tally: LayerTally
     """Of the first step: what does not change."""
     steps: np.ndarray
-    """(S, 5 + 2E): see `LayerTally.sums`."""
+    """(S, 5 + 2E), the first of `moe.stats.collect`."""
     maps: np.ndarray
-    """(E + H * W,): see `LayerTally.maps`, summed over the steps."""
+    """(E + H * W,), the second."""
     waited_s: float
     """Time that a rank, on average, waited in all-to-alls."""
 
@@ -204,6 +203,13 @@ class RoutingLog:
         """Keep one step's sums."""
         self._steps.append(step)
 
+    @contextlib.contextmanager
+    def on_account(self) -> Iterator[None]:
+        """Time spent in here is telemetry's too: the next row's ``moe/telemetry_s`` has it."""
+        start = time.perf_counter()
+        yield
+        self._own_s += time.perf_counter() - start
+
     def flush(self, step: int, seconds: float) -> RoutingRecord | None:
         """What the steps since the last call, up to `step`, amount to; `seconds` is how long they took.
 
@@ -234,8 +240,8 @@ class RoutingLog:
         """The sums of all ranks: of each layer those of every step, then its maps; then each layer's waiting time."""
         parts = []
         for name in steps[0].layers:
-            tallies = [step.layers[name] for step in steps]
-            parts += [tally.sums for tally in tallies] + [torch.stack([tally.maps for tally in tallies]).sum(0)]
+            sums, maps = collect([step.layers[name] for step in steps])
+            parts += [sums.flatten(), maps]
         waited = [
             sum(waits.seconds() for step in steps for waits in step.layers[name].waits) for name in steps[0].layers
         ]
@@ -248,7 +254,8 @@ class RoutingLog:
         found, at, first = {}, 0, steps[0].layers
         waited = numbers[len(numbers) - len(first) :] / self._world
         for index, (name, tally) in enumerate(first.items()):
-            size, tail = len(steps) * len(tally.sums), len(tally.maps)
+            size = len(steps) * (5 + 2 * tally.num_experts)
+            tail = tally.num_experts + math.prod(tally.grid) * bool(tally.grid)
             found[name] = LayerSums(
                 tally=tally,
                 steps=numbers[at : at + size].reshape(len(steps), -1),

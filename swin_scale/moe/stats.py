@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -98,48 +98,67 @@ def observe(
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTally:
-    """Sums of one layer's `RoutingStats`, float64 on the layer's device. They may be added over ranks too."""
+    """Figures of one layer over several passes, as small tensors that still wait to be added: see `collect`."""
 
     num_experts: int
     top_k: int
     ep_size: int
     grid: tuple[int, ...]
     """(H, W) of the images' tokens; empty where the layer saw no images."""
-    sums: Tensor
-    """(5 + 2E,): tokens; sums of confidence, entropy, z, and balance loss times tokens; `routed_E`; `kept_E`."""
-    maps: Tensor
-    """(E + H * W,): `importance_E`; dropped choices by position."""
-    waits: tuple[Waits, ...]
+    tokens: list[int] = field(default_factory=list)
+    scalars: list[Tensor] = field(default_factory=list)
+    """Four a pass, 0-d: sums over its tokens of confidence, entropy, z, balance loss."""
+    loads: list[Tensor] = field(default_factory=list)
+    """Two a pass, (E,): choices routed, choices kept."""
+    importance: list[Tensor] = field(default_factory=list)
+    dropped: list[Tensor] = field(default_factory=list)
+    """(H * W,) for each pass that had a capacity."""
+    waits: list[Waits] = field(default_factory=list)
 
     @classmethod
-    def of(cls, stats: RoutingStats) -> LayerTally:
-        """The sums of one pass."""
-        scalars = torch.stack(
-            [stats.confidence, stats.entropy, stats.z, stats.balance_loss.to(stats.z.dtype) * stats.tokens]
-        )
-        tokens = scalars.new_full((1,), stats.tokens, dtype=torch.float64)
-        grid = stats.shape[1:] if len(stats.shape) == 3 else ()
-        dropped = stats.dropped_by_position().flatten() if grid else stats.kept_E[:0]
+    def like(cls, stats: RoutingStats) -> LayerTally:
+        """An empty one for the layer of `stats`."""
         return cls(
             num_experts=len(stats.kept_E),
             top_k=stats.expert_TK.shape[1],
             ep_size=stats.ep_size,
-            grid=grid,
-            sums=torch.cat([tokens, scalars, stats.routed_E, stats.kept_E]),
-            maps=torch.cat([stats.importance_E.double(), dropped]),
-            waits=() if stats.waits is None else (stats.waits,),
+            grid=stats.shape[1:] if len(stats.shape) == 3 else (),
         )
 
-    def plus(self, other: LayerTally) -> LayerTally:
-        """Both together."""
-        return replace(
-            self, sums=self.sums + other.sums, maps=self.maps + other.maps, waits=(*self.waits, *other.waits)
-        )
+    def add(self, stats: RoutingStats) -> None:
+        """Take up one pass."""
+        self.tokens.append(stats.tokens)
+        self.scalars.extend((stats.confidence, stats.entropy, stats.z, stats.balance_loss * stats.tokens))
+        self.loads.extend((stats.routed_E, stats.kept_E))
+        self.importance.append(stats.importance_E)
+        if self.grid and stats.kept_E is not stats.routed_E:
+            self.dropped.append(stats.dropped_by_position().flatten())
+        if stats.waits is not None:
+            self.waits.append(stats.waits)
+
+
+def collect(tallies: Sequence[LayerTally]) -> tuple[Tensor, Tensor]:
+    """The sums of one layer over S steps, float64 on its device; they may be added over ranks too.
+
+    Returns (S, 5 + 2E): tokens; sums of confidence, entropy, z, balance loss; choices routed; choices kept. And, over
+    all steps, (E + H * W,): importance; dropped choices by position. Steps must have equally many passes.
+    """
+    first, S = tallies[0], len(tallies)
+    device = first.loads[0].device
+    tokens = torch.tensor([sum(tally.tokens) for tally in tallies], dtype=torch.float64, device=device)
+    scalars = torch.stack([value for tally in tallies for value in tally.scalars]).double().view(S, -1, 4).sum(1)
+    loads = torch.stack([value for tally in tallies for value in tally.loads]).view(S, -1, 2 * first.num_experts).sum(1)
+    maps = [torch.stack([value for tally in tallies for value in tally.importance]).double().sum(0)]
+    if first.grid:
+        dropped = [value for tally in tallies for value in tally.dropped]
+        nothing = torch.zeros(math.prod(first.grid), dtype=torch.int64, device=device)
+        maps.append(torch.stack(dropped or [nothing]).sum(0).double())
+    return torch.cat([tokens[:, None], scalars, loads.double()], 1), torch.cat(maps)
 
 
 @dataclass
 class RoutingTally:
-    """Sums of the routing of one step, over its micro-batches, by the name of the block."""
+    """The routing of one step, over its micro-batches, by the name of the block."""
 
     layers: dict[str, LayerTally] = field(default_factory=dict)
     seconds: float = 0.0
@@ -150,8 +169,9 @@ class RoutingTally:
         start = time.perf_counter()
         with torch.no_grad():
             for name, stats in routing.items():
-                tally, before = LayerTally.of(stats), self.layers.get(name)
-                self.layers[name] = tally if before is None else before.plus(tally)
+                if name not in self.layers:
+                    self.layers[name] = LayerTally.like(stats)
+                self.layers[name].add(stats)
                 self.seconds += stats.seconds
         self.seconds += time.perf_counter() - start
 

@@ -30,10 +30,7 @@ def sums(routed, kept=None, *, ep_size=1, grid=(), maps=None, tokens=None, scala
     routed = np.array(routed, dtype=np.float64)
     kept = routed if kept is None else np.array(kept, dtype=np.float64)
     rows = np.concatenate([routed.sum(1, keepdims=True), np.tile(scalars, (len(routed), 1)), routed, kept], axis=1)
-    nothing = torch.empty(0)
-    tally = LayerTally(
-        num_experts=routed.shape[1], top_k=1, ep_size=ep_size, grid=grid, sums=nothing, maps=nothing, waits=()
-    )
+    tally = LayerTally(num_experts=routed.shape[1], top_k=1, ep_size=ep_size, grid=grid)
     maps = np.zeros(routed.shape[1] + math.prod(grid) * bool(grid)) if maps is None else np.array(maps, dtype=float)
     return LayerSums(tally=tally, steps=rows, maps=maps, waited_s=waited_s)
 

@@ -7,7 +7,7 @@ import torch
 
 from swin_scale.moe.comm import Waits
 from swin_scale.moe.config import MoEConfig
-from swin_scale.moe.stats import LayerTally, RoutingTally, largest_variation
+from swin_scale.moe.stats import RoutingTally, collect, largest_variation
 from tests.moe.cases import DIM, inputs, layer
 from tests.spawn import spawn_dist
 
@@ -36,19 +36,32 @@ def test_sums_over_micro_batches_are_those_of_all_tokens_and_nothing_per_token_i
         tally.add({"block": stats})
     ((name, made),) = tally.layers.items()
     assert (name, made.num_experts, made.top_k, made.ep_size, made.grid) == ("block", 4, 2, 1, (2, 3))
-    tokens, confidence, entropy, z, balance, *loads = made.sums.tolist()
-    assert tokens == 36 and made.sums.dtype == torch.float64
+    assert made.top_k == 2 and all(
+        t.numel() <= 6 for t in (*made.scalars, *made.loads, *made.importance, *made.dropped)
+    )
+    (sums,), maps = collect([made])
+    tokens, confidence, entropy, z, balance, *loads = sums.tolist()
+    assert tokens == 36 and sums.dtype == torch.float64
     for got, name in ((confidence, "confidence"), (entropy, "entropy"), (z, "z")):
         assert got == pytest.approx(sum(float(getattr(stats, name)) for stats in parts))
     assert balance == pytest.approx(sum(12 * float(stats.balance_loss) for stats in parts))
     assert loads == sum(torch.cat([s.routed_E, s.kept_E]) for s in parts).tolist() and sum(loads[:4]) == 72
-    assert made.maps[4:].tolist() == sum(s.dropped_by_position() for s in parts).flatten().tolist()
-    assert max(len(t) for t in (made.sums, made.maps)) < 36 and 0 < tally.seconds < 1
+    torch.testing.assert_close(maps[:4], sum(stats.importance_E for stats in parts))
+    assert maps[4:].tolist() == sum(s.dropped_by_position() for s in parts).flatten().tolist()
+    assert 0 < tally.seconds < 1
 
 
 def test_tokens_without_an_image_have_no_map():
-    made = LayerTally.of(layer(CONFIG)(inputs(24)[0])[2])
-    assert made.grid == () and len(made.maps) == 4
+    tally = RoutingTally()
+    tally.add({"block": layer(CONFIG)(inputs(24)[0])[2]})
+    assert tally.layers["block"].grid == () and len(collect([*tally.layers.values()])[1]) == 4
+
+
+def test_dropless_layers_have_a_map_of_zeros():
+    x = inputs(24)[0].view(4, 2, 3, DIM)
+    tally = RoutingTally()
+    tally.add({"block": layer(MoEConfig(num_experts=4, drop=0))(x)[2]})
+    assert collect([*tally.layers.values()])[1][4:].tolist() == [0] * 6
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 1), (128, 1), (8, 2), (4, 4)])
