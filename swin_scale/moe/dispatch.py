@@ -83,6 +83,11 @@ def exchange(x_RD: Tensor, count_CE: Tensor, experts: ExpertFn, group: ProcessGr
     """What the experts of all ranks make of `x_RD`, whose rows are ordered by chunk, then expert.
 
     While experts compute on one chunk, the next comes in and the last goes back. Reads the counts back to the host.
+
+    With C chunks, E experts of the layer, R rows sent (token choices kept) and S rows of this rank's own experts, a
+    rank issues 1 + 4 C all-to-alls in a pass and hands them 8 C E + 2 (R + S) D itemsize bytes: counts as int64 once,
+    rows there and back, and their gradients back and there. What it sends itself is in it: of evenly spread rows, the
+    P-th part. Backward repeats the rows only; recomputation under activation checkpointing repeats the forward half.
     """
     P, C = group.size(), len(count_CE)
     send_PCE = count_CE.view(C, P, -1).transpose(0, 1).contiguous()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from swin_scale.moe.dispatch import combine, forward_experts, gather, in_chunks
 from swin_scale.moe.router import choose, plan
@@ -80,3 +82,55 @@ def test_no_tokens_at_all():
     y = forward_experts(x, routing, scale_by_expert, None, 1)
     y.sum().backward()
     assert y.shape == (0, 3) and x.grad is not None
+
+
+@st.composite
+def routings(draw):
+    """(expert choices, gates, priority or None, limit or None, routing) of up to 30 tokens, several without any."""
+    experts = draw(st.integers(1, 6))
+    tokens, top_k = draw(st.integers(0, 30)), draw(st.integers(1, experts))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    # Few distinct scores: ties among tokens are common. A factor leaves some experts without any token.
+    score = torch.randint(1, 4, (tokens, experts), generator=generator).double()
+    score = (score * draw(st.sampled_from([0.0, 2.0])) * torch.arange(experts)).add(score).softmax(1)
+    expert, gate = choose(score, top_k, normalize=draw(st.booleans()))
+    limit = draw(st.none() | st.integers(0, 8))
+    priority = draw(st.sampled_from([None, score.amax(1)]))
+    return expert, gate, priority, limit, plan(expert, gate, experts, limit, priority)
+
+
+def places_by_hand(expert, priority, limit):
+    """Rows of each expert as a queue: first choices of all tokens, then second ones, each by priority."""
+    tokens = range(len(expert)) if priority is None else sorted(range(len(expert)), key=lambda t: -priority[t])
+    queues = {}
+    for k in range(expert.shape[1]):
+        for t in tokens:
+            queue = queues.setdefault(int(expert[t, k]), [])
+            if limit is None or len(queue) < limit:
+                queue.append(t * expert.shape[1] + k)
+    return [choice for e in sorted(queues) for choice in queues[e]]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(routings(), st.integers(1, 4))
+def test_dispatch_identities(drawn, chunks):
+    expert, gate, priority, limit, routing = drawn
+    tokens, top_k = expert.shape
+    assert routing.choice_R.tolist() == places_by_hand(expert, priority, limit), "who goes where, in which order"
+    kept = routing.slot_TK >= 0
+    assert int(kept.sum()) == int(routing.count_E.sum()) and (limit is None or int(routing.count_E.max()) <= limit)
+    x = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = gather(x, routing)
+    assert torch.equal(rows, x[routing.choice_R // top_k])
+    y = combine(rows, routing)
+    torch.testing.assert_close(y, x * (gate * kept).sum(1, keepdim=True), msg="there and back is the gates' sum")
+    # Backward is the transpose: <A x, r> = <x, A' r>, of gathering and of combining.
+    for forward, start in ((gather, x), (combine, rows)):
+        leaf = start.clone().requires_grad_()
+        out = forward(leaf, routing)
+        other = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        out.backward(other)
+        torch.testing.assert_close((out.detach() * other).sum(), (start * leaf.grad).sum())
+    cut, count_CE = in_chunks(routing, chunks)
+    assert torch.equal(count_CE.sum(0), routing.count_E)
+    torch.testing.assert_close(combine(gather(x, cut), cut), y, msg="chunks are a reordering of rows")

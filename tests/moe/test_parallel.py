@@ -1,5 +1,7 @@
 """The same layer on 1, 2 and 4 gloo processes: outputs, gradients and losses do not depend on where experts live."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -61,9 +63,10 @@ def gathered(results, ep_size):
     return whole
 
 
-def expected(name, world):
+def expected(name, world, x=None, upstream=None):
     """One process over the whole batch; each of `world` ranks' losses carries the global loss once."""
-    x, upstream = inputs(TOKENS)
+    if x is None:
+        x, upstream = inputs(TOKENS)
     module = layer(CONFIGS[name])
     x = x.requires_grad_()
     y, aux, stats = module(x)
@@ -110,23 +113,6 @@ def test_rows_travel_in_half_precision():
         np.testing.assert_allclose(half, full, atol=0.02 * np.abs(full).max())
 
 
-def no_tokens(d):
-    module = layer(CONFIGS["linear"], ep_group=dist.group.WORLD, aux_group=dist.group.WORLD)
-    x, upstream = inputs(TOKENS)
-    mine = slice(0, 0) if d.rank == 0 else slice(0, TOKENS)
-    return run(module, x[mine], upstream[mine]).arrays()
-
-
-def test_a_rank_without_tokens_does_not_hang_and_changes_nothing():
-    empty, full = spawn_dist(2, no_tokens)
-    want = expected("linear", 2)
-    assert empty["y"].shape == (0, DIM)
-    for key in ("y", "grad x", "aux"):
-        np.testing.assert_allclose(full[key], want[key], atol=1e-10, err_msg=key)
-    gate = "grad _moe_layer.gates.0.wg.weight"
-    np.testing.assert_allclose(full[gate] + empty[gate], want[gate], atol=1e-10)
-
-
 def one_flight(d):
     send = [[1, 3], [0, 2]][d.rank]
     receive = [[1, 0], [3, 2]][d.rank]
@@ -146,8 +132,39 @@ def test_a_flight_takes_rows_to_their_ranks_and_gradients_back():
     np.testing.assert_array_equal(g1[:, 0], [13, 14])
 
 
-def counted(d, chunks):
-    """What this rank hands to all_to_all_single in one pass, as (messages, bytes), and what the formula says."""
+EIGHT = {
+    "even": [3] * 8,
+    "uneven": [1, 9, 2, 0, 5, 0, 0, 7],
+    "all on one rank": [0, 0, 0, 24, 0, 0, 0, 0],
+}
+"""Tokens of each of 8 ranks, of the same TOKENS."""
+
+
+def alike(x):
+    """Tokens that all choose the same experts: most experts, and the ranks that hold them, get no row from anyone."""
+    return x[:1] + 1e-3 * x
+
+
+def on_eight(d):
+    """Every split of the batch at EP 2, 4 and 8, spread over experts and not: arrays, all-to-alls, the formula's."""
+    groups = {ep_size: ep_group(d.world, ep_size) for ep_size in (2, 4, 8)}
+    found = {}
+    for ep_size, group in groups.items():
+        module = layer(CONFIGS["cosine k2"], ep_group=group, aux_group=dist.group.WORLD)
+        for split, counts in EIGHT.items():
+            mine = slice(sum(counts[: d.rank]), sum(counts[: d.rank + 1]))
+            for kind in ("spread", "alike"):
+                x, upstream = inputs(TOKENS)
+                x = alike(x) if kind == "alike" else x
+                with counted_all_to_alls() as sent:
+                    one = run(module, x[mine], upstream[mine])
+                found[ep_size, split, kind] = one.arrays(), sent, formula(module, one.stats, group)
+    return found
+
+
+@contextmanager
+def counted_all_to_alls():
+    """What this rank hands to all_to_all_single: the bytes of each message."""
     sent = []
     real = dist.all_to_all_single
 
@@ -155,25 +172,36 @@ def counted(d, chunks):
         sent.append(source.numel() * source.element_size())
         return real(output, source, *args, **kwargs)
 
-    config = MoEConfig(num_experts=16, top_k=2, drop=0, a2a_chunks=chunks)
-    module = layer(config, ep_group=dist.group.WORLD)
-    x, upstream = inputs(TOKENS + 8 * d.rank)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_to_all_single", spy)
-        stats = run(module, x, upstream).stats
-    mine = slice(module.experts.first, module.experts.first + module.num_local_experts)
+        yield sent
+
+
+def formula(module, stats, group):
+    """(messages, bytes) of `dispatch.exchange`'s docstring: 1 + 4 C, and 8 C E + 2 (R + S) D itemsize."""
+    C, E = module.config.a2a_chunks, module.config.num_experts
     total_E = stats.kept_E.clone()
-    dist.all_reduce(total_E, group=dist.group.WORLD)
-    row = DIM * x.element_size()
-    # Out and back, forward and backward: own rows leave twice, those of this rank's experts twice.
-    rows = 2 * int(stats.kept_E.sum()) + 2 * int(total_E[mine].sum())
-    return (len(sent), sum(sent)), (1 + 4 * chunks, rows * row + chunks * 16 * 8)
+    dist.all_reduce(total_E, group=group)
+    mine = slice(module.experts.first, module.experts.first + module.num_local_experts)
+    R, S = int(stats.kept_E.sum()), int(total_E[mine].sum())
+    return 1 + 4 * C, 8 * C * E + 2 * (R + S) * DIM * 8
 
 
-@pytest.mark.parametrize(("world", "chunks"), [(2, 3), pytest.param(8, 2, marks=pytest.mark.proof)])
-def test_bytes_and_messages_equal_the_formula(world, chunks):
-    for got, want in spawn_dist(world, counted, chunks):
-        assert got == want
+def test_eight_ranks_with_few_or_no_tokens_for_each_other_are_one_process_and_send_what_the_formula_says():
+    results = spawn_dist(8, on_eight, timeout=120)
+    wanted = {}
+    for kind in ("spread", "alike"):
+        x, upstream = inputs(TOKENS)
+        wanted[kind] = expected("cosine k2", 8, alike(x) if kind == "alike" else x, upstream)
+    assert sum(wanted["alike"]["kept_E"] > 0) == 2, "six experts of eight get nothing"
+    for key in results[0]:
+        ep_size, _, kind = key
+        got = gathered([(0, found[key][0]) for found in results], ep_size)
+        for name, want in wanted[kind].items():
+            np.testing.assert_allclose(got[name], want, rtol=1e-9, atol=1e-10, err_msg=f"{key} {name}")
+        for rank, found in enumerate(results):
+            _, sent, formulated = found[key]
+            assert (len(sent), sum(sent)) == formulated, (key, rank)
 
 
 def checkpointed(d):
