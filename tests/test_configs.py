@@ -26,7 +26,7 @@ def test_recipe_builds(path):
     with torch.device("meta"):
         model = create_model(config.model.name, **overrides)
     assert all(parameter.is_meta for parameter in model.parameters())
-    for ranks in (1, 2):
+    for ranks in (config.moe.ep_size, 2 * config.moe.ep_size):
         plan = batch_plan(config, ranks)
         settings = to_deepspeed(config, plan, on_gpu=True)
         assert settings["train_batch_size"] == (

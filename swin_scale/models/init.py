@@ -6,7 +6,7 @@
 | patch embedding (Conv2d) weight and bias | uniform within 1 / sqrt(fan in), torch's default |
 | LayerNorm | 1 and 0; after a V2 branch both 0, so that a block starts as the identity (SwinV2, section 3.1) |
 | logit_scale | ln 10 |
-| experts, cosine gates | `moe.initial` |
+| experts and cosine gates, of either backend | `moe.initial` |
 | every other bias | 0 |
 
 The official code cuts the normal at +-2, a hundred standard deviations, so a plain normal is the same distribution.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from swin_scale.models.layers import PostNorm
 from swin_scale.moe.initial import initial_value
+from swin_scale.moe.tutel import TutelMoEMlp
 
 if TYPE_CHECKING:
     from swin_scale.models.swin import Swin
@@ -44,9 +45,11 @@ def initial_values(model: "Swin", seed: int) -> Iterator[tuple[str, Tensor]]:
     equals one built directly. A value may be a broadcast view: copy it, never write to it.
     """
     generator, std = torch.Generator("cpu").manual_seed(seed), model.variant.init_std
+    tutels = [module for module in model.modules() if isinstance(module, TutelMoEMlp)]
+    natives = {theirs: native for module in tutels for theirs, native in module.natives().items()}
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = initial_value(module, name, std, generator)
+            value = initial_value(natives.get(module, module), name, std, generator)
             if value is None:
                 value = _initial(module, name, parameter.shape, std, generator)
             yield f"{prefix}.{name}" if prefix else name, value.expand(parameter.shape)

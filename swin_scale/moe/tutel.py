@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from swin_scale.errors import UserError
 from swin_scale.moe.config import MoEConfig
+from swin_scale.moe.experts import Experts
 from swin_scale.moe.layer import local_experts
 from swin_scale.moe.router import Router
 from swin_scale.moe.stats import RoutingStats
@@ -65,7 +66,7 @@ class TutelMoEMlp(nn.Module):
             is_gshard_loss=config.balance == "gshard",
             a2a_ffn_overlap_degree=1,
         )
-        self._ep_size = size
+        self._ep_size, self._ep_rank = size, 0 if ep_group is None else ep_group.rank()
         self._moe_layer.experts.batched_fc2_bias.requires_grad_(config.fc2_bias)
         # Only its arithmetic is used, on Tutel's parameters: kept out of the module tree.
         self._router = (_router_over(config, dim, self._moe_layer.gates[0]),)
@@ -90,6 +91,14 @@ class TutelMoEMlp(nn.Module):
         stats = replace(stats, shape=tuple(x.shape[:-1]), ep_size=self._ep_size)
         y = layer(x_TD)
         return y.view(x.shape), c.aux_weight * layer.l_aux, stats
+
+    def natives(self) -> dict[nn.Module, nn.Module]:
+        """Tutel's modules and the native ones, without values of their own, that say how their parameters start."""
+        experts, (router,), c = self._moe_layer.experts, self._router, self.config
+        local, hidden, dim = experts.batched_fc1_w.shape
+        with torch.device("meta"):
+            twin = Experts(c.num_experts, local, self._ep_rank * local, dim, hidden, c.drop, c.fc2_bias)
+        return {experts: twin, self._moe_layer.gates[0]: router}
 
     def _activation(self, h: Tensor) -> Tensor:
         return F.dropout(F.gelu(h), self.config.drop, self.training)

@@ -1,5 +1,6 @@
 """Models with experts: numbers of the official code, identities, what comes back, checkpointing, overrides, ranks."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -359,6 +360,24 @@ def test_two_ranks_that_share_experts_equal_one(name, mode):
             parts = [r[2][key] for r in results]
             got = np.concatenate(parts) if ".experts." in key else sum(parts)
             assert np.allclose(got, p.grad.numpy(), rtol=1e-4, atol=1e-4), key
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tutel") is None, reason="Tutel is not installed")
+@pytest.mark.parametrize("router", ["linear", "cosine"])
+def test_the_tutel_backend_is_the_same_model(router):
+    """Same initial values, names, random numbers and results; recomputed blocks too."""
+    options = {"seed": 2, "moe": {"router": router, "cosine_dim": 8}, "activation_checkpointing": "block"}
+    native, theirs = (create_model(V1, moe_backend=backend, **options) for backend in ("native", "tutel"))
+    ours = dict(native.named_parameters())
+    assert ours.keys() == dict(theirs.named_parameters()).keys()
+    assert all(torch.equal(p, ours[key]) for key, p in theirs.named_parameters())
+    theirs.load_state_dict(randomised(native).state_dict(), strict=True)
+    results = [outcome(model, pixels())[:2] for model in (native, theirs)]
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    for key, p in theirs.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(p.grad, ours[key].grad, rtol=1e-3, atol=1e-3), key
 
 
 def test_the_kinds_of_attention():

@@ -38,9 +38,26 @@ PUBLISHED = {
 }
 
 
+# Swin-MoE: (trainable parameters with all experts in millions, GFLOPs), from the official code.
+_SMALL, _BASE = "swin_moe_small_patch4_window12_192_", "swin_moe_base_patch4_window12_192_"
+PUBLISHED_MOE = {
+    _SMALL + "densebaseline_22k": (65.76, 6.756),
+    _SMALL + "8expert_22k": (173.26, 7.181),
+    _SMALL + "16expert_22k": (296.11, 7.181),
+    _SMALL + "32expert_22k": (541.81, 7.181),
+    _SMALL + "cosine_router_32expert_22k": (542.85, 7.181),
+    _BASE + "densebaseline_22k": (109.28, 11.782),
+    _BASE + "8expert_22k": (300.33, 12.537),
+    _BASE + "16expert_22k": (518.66, 12.537),
+    _BASE + "32expert_22k": (955.31, 12.537),
+    _BASE + "cosine_router_32expert_22k": (956.66, 12.537),
+}
+
+
 def parameters(name, **overrides):
+    """Trainable parameters; only the second biases of experts, frozen at zero in the published models, are not."""
     with torch.device("meta"):
-        return sum(p.numel() for p in create_model(name, **overrides).parameters())
+        return sum(p.numel() for p in create_model(name, **overrides).parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -48,6 +65,43 @@ def test_published_parameters_and_flops(name):
     count, gflops = PUBLISHED[name]
     assert parameters(name) == count
     assert round(flops(variant(name)) / 1e9, 3) == gflops
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MOE)
+def test_published_parameters_and_flops_with_experts(name):
+    count, gflops = PUBLISHED_MOE[name]
+    assert round(parameters(name) / 1e6, 2) == count
+    assert round(flops(variant(name)) / 1e9, 3) == gflops
+
+
+def test_parameters_grow_by_the_experts_alone():
+    counts = {e: parameters(f"{_SMALL}{e}expert_22k") for e in (8, 16, 32, 64, 128)}
+    each = (counts[16] - counts[8]) // 8
+    # Nine layers of width 384 and one of 768: two matrices, the first bias and a row of the gate.
+    assert each == sum(n * (8 * c * c + 4 * c + c) for n, c in ((9, 384), (1, 768)))
+    assert all(counts[e] == counts[8] + (e - 8) * each for e in counts)
+    # What one token of the published 32-expert model passes through, all gates included.
+    gates = 9 * 384 + 768
+    assert round((counts[32] - 31 * (each - gates)) / 1e6, 2) == 65.89
+    # On blocks of SwinV2 the mixture costs the same.
+    assert (
+        parameters("swinv2_moe_small_patch4_window12_192_16expert_22k")
+        - parameters("swinv2_moe_small_patch4_window12_192_8expert_22k")
+        == 8 * each
+    )
+
+
+def test_a_mixture_counts_as_the_mlps_it_runs():
+    name = "swinv2_moe_nano_patch4_window4_32"
+
+    def of(**moe):
+        return flops(variant(name, moe=moe))
+
+    dense, one = flops(variant(name, moe=None)), of(capacity_factor=0)
+    assert one == dense and of(capacity_factor=1.0) == dense and of(capacity_factor=-1.0) == dense
+    # Two MoE blocks, each MLP of 2 * tokens * C * 4C.
+    mlps = 2 * (64 * 32 * 128 + 16 * 64 * 256)
+    assert of(capacity_factor=0, top_k=2) == dense + mlps and of(capacity_factor=1.5, top_k=2) == dense + 2 * mlps
 
 
 @pytest.mark.parametrize(
@@ -67,7 +121,7 @@ def test_billion_parameter_models(name, headless, headed, last_digit):
 
 def test_every_name_builds_and_is_sorted():
     names = list_models()
-    assert names == sorted(names) and set(PUBLISHED) < set(names) and len(names) == 59
+    assert names == sorted(names) and {*PUBLISHED, *PUBLISHED_MOE} < set(names) and len(names) == 59
     for name in names:
         assert stages(variant(name)) and flops(variant(name)) > 0
 
