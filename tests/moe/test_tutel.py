@@ -13,8 +13,8 @@ from swin_scale.moe.config import MoEConfig
 from swin_scale.moe.layer import MoEMlp
 from swin_scale.moe.tutel import TutelMoEMlp
 from tests.models.golden import image, sequence
-from tests.moe.cases import DIM, HIDDEN, fill, inputs, run
-from tests.moe.make_golden import CASES, FILE, NOISE_SEED, flat
+from tests.moe.cases import DIM, HIDDEN, TOKENS, fill, inputs, run
+from tests.moe.make_golden import CASES, DROPPING, FILE, NOISE_SEED, flat
 from tests.spawn import spawn_dist
 
 has_tutel = importlib.util.find_spec("tutel") is not None
@@ -46,6 +46,17 @@ def test_outputs_losses_and_all_gradients_are_tutels(golden, case):
     want = golden[case.name]
     scale = max(1.0, np.abs(want).max())
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("case", DROPPING, ids=lambda case: case.name)
+def test_where_tutel_drops_though_told_not_to_ours_does_not(golden, case):
+    module, x, upstream = given(golden, case)
+    result = run(module, x, upstream)
+    theirs = torch.from_numpy(golden[case.name][: TOKENS * DIM]).view(TOKENS, DIM)
+    lost = ((theirs - result.y).abs() > 1e-6).any(1)
+    assert int(result.stats.dropped) == 0 and 0 < int(lost.sum()) < TOKENS
+    if case.top_k == 1:
+        assert not theirs[lost].any(), "what Tutel drops comes out as 0"
 
 
 # Figures of Tutel 82af7aa on a CPU. Gate, top_k, factor, prioritised, normalised, balance -> loss, mean, std, dropped.
