@@ -29,6 +29,7 @@ W8, W16, W12 = (
 NANO = "swinv2_nano_patch4_window4_32"
 
 G3B = "swinv2_g3b_patch4_window12_192"
+MOE_TOKENS = ("--tokens", "32768", "--many-tokens", "65536")
 
 # File stem -> arguments of `swin-scale bench`, or of large_step.py, most telling first.
 CASES: dict[str, dict[str, list[str]]] = {
@@ -48,6 +49,11 @@ CASES: dict[str, dict[str, list[str]]] = {
         "model-base-w12-amp-fp16": ["model", "--model", W12, "--batch", "64", "--precision", "amp-fp16", "--compile"],
         "model-tiny-w16-bf16": ["model", "--model", W16, "--batch", "64", "--precision", "bf16"],
     },
+    # A block of Swin-MoE-S on 128 images has 18,432 tokens; with few, launches are all there is to time.
+    "moe": {
+        f"moe-{precision}": [*("moe", "--precision", precision, "--memory-tokens", "32768", *MOE_TOKENS)]
+        for precision in ("bf16", "fp16", "fp32")
+    },
     # 75 GB of files: TMPDIR must hold them.
     "large": {
         "large-g3b-w12-bf16": [
@@ -63,7 +69,7 @@ def main() -> int:
     parser.add_argument("part", choices=sorted(CASES))
     parser.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
-    parser.add_argument("--rounds", type=int, default=20, help="of the model benchmarks")
+    parser.add_argument("--rounds", type=int, default=20, help="of the model and MoE benchmarks")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for the whole part")
     arguments = parser.parse_args()
 
@@ -85,9 +91,10 @@ def main() -> int:
         "benchmarks": {},
     }
     for stem, options in CASES[arguments.part].items():
-        if options[0] == "model":
+        if options[0] in ("model", "moe"):
             options = [*options, "--rounds", str(arguments.rounds)]
-            options += ["--official", str(Path(arguments.official).resolve())] if arguments.official else []
+        if options[0] == "model" and arguments.official:
+            options += ["--official", str(Path(arguments.official).resolve())]
         summary["benchmarks"][stem] = run_bench(options, out / f"{stem}.json", deadline)
     summary["passed"] = summary["tests"]["passed"] and all(
         case["outcome"] == "done" for case in summary["benchmarks"].values()
