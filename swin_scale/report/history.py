@@ -26,10 +26,15 @@ COLUMNS = (
 )  # fmt: skip
 """Numbers of a step row that are drawn or summed up."""
 
+ROUTING = ("load_cv", "load_max", "rank_load_max", "dropped", "entropy", "dead", "confidence", "a2a_share")
+"""Figures of MoE layers that are drawn, ``moe/{block}/{figure}`` in a row that ends a log interval."""
+
 ORDINARY = frozenset({"eval", "checkpoint", "skipped_sample"})
 """Events of a run that goes well, and those that `skipped.jsonl` tells better."""
 
 MAX_EVENTS = 10_000
+MAX_MAPS = 500
+MAX_ROUTING_ROWS = 20_000
 LISTED_SKIPS = 100
 _LARGEST = 1e100
 _CONFIG_LINE = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+):(?: (?P<value>.*?))?(?: +# (?P<origin>[^\"]*))?")
@@ -48,6 +53,28 @@ class Skips:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerMap:
+    """One MoE layer in a ``routing`` event."""
+
+    load: np.ndarray
+    """(E,): share of the choices that fell on each expert."""
+    dropped: np.ndarray
+    """(H, W): share of choices dropped at each place of the images; (0, 0) where nothing was dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What was recorded of MoE layers; empty for a dense model."""
+
+    steps: np.ndarray
+    """(n,) int64, rising: the ends of log intervals, thinned where there are very many."""
+    figures: Mapping[str, Mapping[str, np.ndarray]]
+    """Name of `ROUTING` -> block -> (n,) float64, NaN where there is no number."""
+    maps: tuple[tuple[int, int, Mapping[str, LayerMap]], ...]
+    """(first step, last step, layer by block), rising."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class History:
     """All that a report shows."""
 
@@ -61,6 +88,7 @@ class History:
     events: tuple[Row, ...]
     """In the order in which they happened, less skipped samples."""
     skips: Skips
+    routing: Routing
     config: tuple[tuple[str, str, str], ...]
     """(key, value, where it came from) as text."""
     exit: Row | None
@@ -75,7 +103,7 @@ class History:
 
 def read_history(directory: Path) -> History:
     """Read a run directory; a file that is missing is an empty one. Raises OSError for one that cannot be read."""
-    steps, columns, repeated, events = _read_metrics(directory / "metrics.jsonl")
+    steps, columns, repeated, events, routing = _read_metrics(directory / "metrics.jsonl")
     return History(
         directory=directory,
         steps=steps,
@@ -83,24 +111,92 @@ def read_history(directory: Path) -> History:
         repeated=repeated,
         events=tuple(events),
         skips=_read_skips(directory / "skipped.jsonl"),
+        routing=routing.read(),
         config=read_config(_text(directory / "config.yaml")),
         exit=_read_exit(_text(directory / "exit.json")),
         checkpoints=_checkpoints(directory / "checkpoints"),
     )
 
 
-def _read_metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], int, list[Row]]:
+class _RoutingRows:
+    """Routing figures on their way into columns; where they get too many, every second row is let go."""
+
+    def __init__(self) -> None:
+        self._steps = array("q")
+        self._columns: dict[str, array[float]] = {}
+        self._seen, self._stride = 0, 1
+        self._maps: dict[int, tuple[int, int, dict[str, LayerMap]]] = {}
+
+    def add(self, step: int, row: Row) -> None:
+        self._seen += 1
+        if self._seen % self._stride:
+            return
+        for key, value in row.items():
+            block, _, figure = key.removeprefix("moe/").rpartition("/")
+            if key.startswith("moe/") and block and figure in ROUTING:
+                column = self._columns.setdefault(f"{figure}/{block}", array("d"))
+                column.extend([math.nan] * (len(self._steps) - len(column)))
+                column.append(number(value))
+        self._steps.append(step)
+        if len(self._steps) >= MAX_ROUTING_ROWS:
+            self._stride *= 2
+            self._steps = self._steps[1::2]
+            for key, column in self._columns.items():
+                self._columns[key] = column[1::2]
+
+    def add_maps(self, step: int, row: Row) -> None:
+        layers, span = row.get("layers"), row.get("steps")
+        first = span[0] if isinstance(span, list) and span and type(span[0]) is int else step
+        if isinstance(layers, dict) and len(self._maps) < MAX_MAPS:
+            found = {str(name): one for name, body in layers.items() if (one := _layer_map(body)) is not None}
+            self._maps[step] = (min(max(first, 1), step), step, found)
+
+    def read(self) -> Routing:
+        steps = np.array(self._steps, dtype=np.int64)
+        kept = _last_of_each(steps)
+        figures: dict[str, dict[str, np.ndarray]] = {}
+        for key, column in self._columns.items():
+            figure, _, block = key.partition("/")
+            padded = np.full(len(steps), np.nan)
+            padded[: len(column)] = column
+            figures.setdefault(figure, {})[block] = padded[kept]
+        return Routing(steps=steps[kept], figures=figures, maps=tuple(self._maps[step] for step in sorted(self._maps)))
+
+
+def _layer_map(body: Any) -> LayerMap | None:
+    if not isinstance(body, dict):
+        return None
+    load, dropped = _table(body.get("load"), 1), _table(body.get("dropped"), 2)
+    return None if load is None else LayerMap(load=load, dropped=np.zeros((0, 0)) if dropped is None else dropped)
+
+
+def _table(value: Any, dimensions: int) -> np.ndarray | None:
+    """A list, or a list of lists, of numbers from 0 to 1 as an array; None for anything else."""
+    try:
+        table = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    sound = table.ndim == dimensions and 0 < table.size <= 1 << 14 and bool(((table >= 0) & (table <= 1)).all())
+    return table if sound else None
+
+
+def _read_metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], int, list[Row], _RoutingRows]:
     steps = array("q")
     numbers = array("d")
     events: list[Row] = []
+    routing = _RoutingRows()
     for row in iter_jsonl(path):
         step = row.get("step")
         if type(step) is not int or not 0 <= step < 1 << 53:
             continue
         if "event" in row:
-            if row["event"] != "skipped_sample" and len(events) < MAX_EVENTS:
+            if row["event"] == "routing":
+                routing.add_maps(step, row)
+            elif row["event"] != "skipped_sample" and len(events) < MAX_EVENTS:
                 events.append({**row, "event": str(row["event"])})
             continue
+        if "moe/a2a_share" in row:
+            routing.add(step, row)
         steps.append(step)
         values = [math.nan if value is None else value for value in map(row.get, COLUMNS)]
         try:
@@ -112,7 +208,7 @@ def _read_metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], int, l
     kept = _last_of_each(np.array(steps, dtype=np.int64))
     table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(COLUMNS))[kept].T
     columns = dict(zip(COLUMNS, np.clip(np.where(np.isfinite(table), table, np.nan), -_LARGEST, _LARGEST)))
-    return np.array(steps, dtype=np.int64)[kept], columns, len(steps) - len(kept), events
+    return np.array(steps, dtype=np.int64)[kept], columns, len(steps) - len(kept), events, routing
 
 
 def number(value: Any) -> float:

@@ -17,10 +17,10 @@ import numpy as np
 from swin_scale.log import Row
 from swin_scale.report.curves import Span, short
 from swin_scale.report.history import LISTED_SKIPS, History, number
-from swin_scale.report.pictures import Picture, event_name, is_remarkable, lanes, pictures
+from swin_scale.report.pictures import event_name, is_remarkable, lanes, pictures
+from swin_scale.report.routing import routing_section
 from swin_scale.report.style import CSS, SCRIPT
-from swin_scale.report.svg import CELLS, draw, escape
-from swin_scale.report.svg import describe as in_words
+from swin_scale.report.svg import CELLS, draw, escape, figure
 from swin_scale.report.svg import lanes as draw_lanes
 
 ENDS: Mapping[int, tuple[str, str]] = {
@@ -49,6 +49,7 @@ def page(history: History, written: float) -> str:
         _head(history),
         _summary(history),
         _pictures(history),
+        _routing(history),
         _evaluations(history),
         _skips(history),
         _events(history),
@@ -135,14 +136,10 @@ def _wall(history: History) -> str:
 
 def _pictures(history: History) -> str:
     drawn, marks = pictures(history), [row for row in history.events if is_remarkable(row)]
-    happened = lanes(history)
-    places = [history.steps, *(steps for _, steps in happened)]
-    every = np.concatenate([p for p in places if len(p)] or [np.zeros(0, dtype=np.int64)])
-    every = every[every > 0]
-    if not len(every):
+    happened, span = lanes(history), _span(history)
+    if span is None:
         return '<h2>Pictures</h2><p class="note">No step was recorded.</p>'
-    span = Span(first=int(every.min()), last=int(every.max()), most=CELLS)
-    figures = [_figure(picture, draw(picture, span, marks)) for picture in drawn]
+    figures = [figure(picture, draw(picture, span, marks)) for picture in drawn]
     if happened:
         caption = "<h3>Events</h3><span>one tick each</span>"
         figures.append(f"<figure><figcaption>{caption}</figcaption>{draw_lanes(happened, span)}</figure>")
@@ -156,12 +153,19 @@ def _pictures(history: History) -> str:
     return f'<h2>Pictures</h2>{note}<div class="pictures">{"".join(figures)}</div>'
 
 
-def _figure(picture: Picture, svg: str) -> str:
-    keys = "".join(f'<span class="key c{one.colour}">{escape(one.label)}</span>' for one in picture.series)
-    caption = f"<h3>{escape(picture.title)}</h3><span>{escape(picture.unit)}</span>"
-    caption += keys if len(picture.series) > 1 else ""
-    words = "<br>".join(escape(line) for line in in_words(picture))
-    return f"<figure><figcaption>{caption}</figcaption>{svg}<p>{words}</p></figure>"
+def _span(history: History) -> Span | None:
+    """From the first step that anything is known of to the last."""
+    places = [history.steps, *(steps for _, steps in lanes(history))]
+    every = np.concatenate([p for p in places if len(p)] or [np.zeros(0, dtype=np.int64)])
+    every = every[every > 0]
+    return Span(first=int(every.min()), last=int(every.max()), most=CELLS) if len(every) else None
+
+
+def _routing(history: History) -> str:
+    span = _span(history)
+    if span is None:
+        return ""
+    return routing_section(history, span, [row for row in history.events if is_remarkable(row)])
 
 
 def _evaluations(history: History) -> str:

@@ -1,9 +1,38 @@
 """The style sheet and the small script of a report. Without the script only the values under the pointer are missing.
 
-Colours are those of Okabe and Ito, which people with any colour vision can tell apart, lighter on dark ground.
+Colours are those of Okabe and Ito, which people with any colour vision can tell apart, lighter on dark ground; heat
+maps have a scale of their own, see `palette`, dark for the most on a light page and pale for the most on a dark one.
 """
 
-CSS = """
+from swin_scale.report.palette import LEVELS
+
+
+def _levels(colours: tuple[str, ...]) -> str:
+    return ";".join(f"--h{at}:{colour}" for at, colour in enumerate(colours))
+
+
+_HEAT = f"""
+:root{{{_levels(LEVELS)}}}
+@media (prefers-color-scheme:dark){{:root{{{_levels(LEVELS[::-1])}}}}}
+{"".join(f"svg .h{at}{{fill:var(--h{at})}}" for at in range(len(LEVELS)))}
+.cells{{shape-rendering:crispEdges}}
+svg[data-cells]{{touch-action:manipulation}}
+.scale{{flex:0 1 190px;align-self:center;min-width:120px;margin:4px 0 2px;font-size:.78rem;color:var(--soft);
+font-variant-numeric:tabular-nums}}
+.scale svg{{height:10px;border-radius:3px;border:1px solid var(--rule)}}
+.scale div{{display:flex;justify-content:space-between}}
+.minis{{display:grid;grid-template-columns:repeat(auto-fill,minmax(76px,1fr));gap:12px 10px;margin:8px 0 4px}}
+@media (min-width:521px){{.minis.large{{grid-template-columns:repeat(auto-fill,minmax(150px,1fr))}}}}
+.minis>div{{position:relative;min-width:0}}
+.minis svg{{border:1px solid var(--rule);border-radius:3px}}
+.minis b{{display:block;font-size:.78rem;font-weight:600;line-height:1.3}}
+.minis span{{color:var(--soft);font-weight:400;white-space:nowrap}}
+.part{{margin:26px 0 12px}}
+.wide{{grid-column:1/-1}}
+"""
+
+CSS = (
+    """
 :root{color-scheme:light dark;--ground:#f6f7f9;--card:#fff;--ink:#1b2330;--soft:#5b6675;--rule:#dde2e9;
 --c1:#0072b2;--c2:#d55e00;--c3:#00805e;--c4:#a8488a;--good:#00704f;--bad:#b3261e;--wait:#8a5a00;--mark:#8a94a3}
 @media (prefers-color-scheme:dark){:root{--ground:#10151c;--card:#19212b;--ink:#e6ebf2;--soft:#9aa7b8;--rule:#2c3744;
@@ -65,6 +94,8 @@ footer{margin-top:40px;color:var(--soft);font-size:.84rem}
 figure{padding:12px 8px 8px}svg text{font-size:14px}th,td{padding:6px 9px}}
 @media print{body{background:#fff}figure,.table{break-inside:avoid}}
 """
+    + _HEAT
+)
 
 SCRIPT = """
 for (const svg of document.querySelectorAll("svg[data-hover]")) {
@@ -87,6 +118,27 @@ for (const svg of document.querySelectorAll("svg[data-hover]")) {
     const place = left + at * scale, right = place + 12 + tip.offsetWidth > box.width;
     tip.style.left = (right ? place - tip.offsetWidth - 10 : place + 10) + "px";
     tip.style.top = (event.clientY - svg.parentNode.getBoundingClientRect().top - 12) + "px";
+  });
+}
+for (const svg of document.querySelectorAll("svg[data-cells]")) {
+  let map, tip;
+  svg.addEventListener("pointerleave", () => { if (tip) tip.hidden = true; });
+  svg.addEventListener("pointermove", (event) => {
+    map = map || JSON.parse(svg.dataset.cells);
+    if (!tip) { tip = document.createElement("div"); tip.className = "tip"; svg.parentNode.append(tip); }
+    const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
+    const column = Math.floor(((event.clientX - box.left) / scale - map.area[0]) / map.area[2] * map.columns.length);
+    const row = Math.floor(((event.clientY - box.top) / scale - map.area[1]) / map.area[3] * map.rows.length);
+    const inside = row >= 0 && column >= 0 && row < map.rows.length && column < map.columns.length;
+    const value = inside ? map.values[row * map.columns.length + column] : null;
+    tip.hidden = value === null;
+    if (tip.hidden) return;
+    tip.textContent = map.rows[row] + "\\n" + map.columns[column] + "\\n" + value.toLocaleString() + map.unit;
+    const frame = svg.parentNode.getBoundingClientRect(), x = event.clientX - frame.left;
+    const page = document.documentElement.clientWidth;
+    const right = event.clientX + 24 + tip.offsetWidth > page;
+    tip.style.left = (right ? Math.max(x - tip.offsetWidth - 12, -frame.left) : x + 14) + "px";
+    tip.style.top = (event.clientY - frame.top + 14) + "px";
   });
 }
 """

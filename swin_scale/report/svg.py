@@ -47,6 +47,15 @@ def draw(picture: Picture, span: Span, events: Sequence[Row]) -> str:
     return _frame(picture.key, picture.title, words, HEIGHT, body, _hover(picture.series, envelopes, span))
 
 
+def figure(picture: Picture, drawn: str) -> str:
+    """A picture in its frame, with its title, its unit, the key of its colours, and its words."""
+    keys = "".join(f'<span class="key c{one.colour}">{escape(one.label)}</span>' for one in picture.series)
+    caption = f"<h3>{escape(picture.title)}</h3><span>{escape(picture.unit)}</span>"
+    caption += keys if len(picture.series) > 1 else ""
+    words = "<br>".join(escape(line) for line in describe(picture))
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}<p>{words}</p></figure>"
+
+
 def describe(picture: Picture) -> list[str]:
     """The picture in words: last, smallest and largest value of each series, and at which step."""
     parts = []
