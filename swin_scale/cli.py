@@ -72,10 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     predict.set_defaults(handler=_predict)
 
     convert = verbs.add_parser("convert", help="any known checkpoint to one weight file, with a receipt")
-    convert.add_argument("source", help="run, checkpoint, DeepSpeed ZeRO or Hugging Face directory, or a weight file")
-    convert.add_argument("destination", help="file to write (for hf a directory)")
+    convert.add_argument(
+        "source",
+        help="run, checkpoint, DeepSpeed ZeRO, Hugging Face or Swin-MoE directory, Swin-MoE zip, or weight file",
+    )
+    convert.add_argument("destination", help="file to write (for hf a directory, for experts' ranks one or a .zip)")
     # Not argparse's choices: the table of formats needs torch, and `convert` checks the name.
-    formats = "safetensors, official, timm, hf, torchvision, mm"
+    formats = "safetensors, official, timm, hf, torchvision, mm, tutel-epN"
     convert.add_argument("--to", required=True, metavar="FORMAT", help=f"format to write: {formats}")
     convert.add_argument("--ema", action="store_true", help="take the moving average of the weights")
     convert.add_argument("--model", metavar="NAME", help="the model, where the source does not tell")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -63,7 +64,13 @@ class _Fit:
 
 
 def fit(
-    source: Mapping[str, Tensor], target: Mapping[str, Tensor], *, where: str, into: str, head: Head = "auto"
+    source: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    *,
+    where: str,
+    into: str,
+    head: Head = "auto",
+    fresh: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], Report]:
     """Tensors for exactly the keys of `target`, and the report of how each came about.
 
@@ -75,6 +82,7 @@ def fit(
             ``zero`` starts the head from zeros; ``init`` leaves the model's own initialisation; ``auto`` keeps equal
             heads, maps 21,841 to 1,000, and otherwise starts from zeros, as official fine-tuning does, or from the
             model's initialisation where the source has no head. The report says which.
+        fresh: names in `target` that keep their values where the source lacks them, with the reason for the report.
 
     Raises CheckpointError listing unknown keys with the nearest names, missing keys, and shapes that do not fit.
     """
@@ -93,6 +101,9 @@ def fit(
             state.place(key, name, tensor, f"{reason}, {how}" if reason else how, changed=True)
     _fit_head({name: key for key, (name, _) in names.items() if name in _HEAD}, source, state, head)
     _refuse_unknown(state, names)
+    for name, reason in fresh.items():
+        if name not in state.placed:
+            state.create(name, target[name], reason)
     if missing := [name for name in target if name not in state.placed]:
         raise CheckpointError(
             f"{where} lacks {len(missing)} of the model's {len(target)} keys: {', '.join(missing[:6])}"

@@ -10,8 +10,7 @@ from swin_scale.checkpoint import strictjson
 from swin_scale.checkpoint.tensorfile import Written
 from swin_scale.convert import hub, plain
 from swin_scale.convert.weights import Weights
-from swin_scale.errors import CheckpointError, UserError
-from swin_scale.files import fsync_directory, write_atomic
+from swin_scale.files import write_atomic
 from swin_scale.models import Variant
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -20,20 +19,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def write(directory: Path, weights: Weights, model: Mapping[str, Any], v: Variant) -> Written:
     """Write the directory in one rename; it must not exist, or be empty. Raises CheckpointError, UserError."""
-    if directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"destination {directory} is a directory with files in it; give a new name")
-    with plain.replacing(directory) as temporary:
-        temporary.mkdir()
-        try:
-            written = plain.write(temporary / hub.WEIGHTS, weights, model)
-            _write_json(temporary / hub.CONFIG, config(v, model.get("classes")))
-            _write_json(temporary / "preprocessor_config.json", preprocessor(v))
-            fsync_directory(temporary)
-        except (OSError, CheckpointError):
-            for file in temporary.iterdir():
-                file.unlink()
-            temporary.rmdir()
-            raise
+    with plain.replacing_directory(directory) as temporary:
+        written = plain.write(temporary / hub.WEIGHTS, weights, model)
+        _write_json(temporary / hub.CONFIG, config(v, model.get("classes")))
+        _write_json(temporary / "preprocessor_config.json", preprocessor(v))
     return written
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from swin_scale.convert import experts
+from swin_scale.convert.weights import plain_name
 from swin_scale.errors import CheckpointError
 from swin_scale.models import Variant, list_models, variant
 
+CONTINUOUS = ("swinv2", "swin_moe", "swinv2_moe")
+"""Families whose position bias is a function of log-spaced coordinates."""
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
+_SECOND = ".mlp.fc2.weight"
 _MUST_KNOW = {
     "img_size": "image size",
     "window_size": "window size",
@@ -42,7 +47,7 @@ def infer_model(
     nearest = min(differences, key=lambda name: len(differences[name]))
     matching = [name for name, unlike in differences.items() if unlike.keys() <= {"num_classes"}]
     for field, what in _MUST_KNOW.items():
-        needed = field == "img_size" or facts["family"] == "swinv2"
+        needed = field == "img_size" or facts["family"] in CONTINUOUS
         if needed and field not in facts and len({getattr(variant(name), field) for name in matching}) != 1:
             near = f"; it could be {', '.join(matching)}" if matching else ""
             raise CheckpointError(f"{path} does not tell the {what} of its model{near}; name the model")
@@ -50,10 +55,15 @@ def infer_model(
 
 
 def _differences(v: Variant, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that do not hold for `v`."""
+    """The facts that do not hold for `v`; of a mixture of experts, the fields in which it differs."""
     windows = v.pretrained_window_sizes or (0,) * len(v.depths)
     known = dataclasses.asdict(v) | {"pretrained_window_sizes": windows}
-    return {key: value for key, value in facts.items() if known[key] != value}
+    unlike = {key: value for key, value in facts.items() if known[key] != value}
+    if (moe := facts.get("moe")) is not None and known["moe"] is not None:
+        changes = {field: value for field, value in moe.items() if known["moe"][field] != value}
+        unlike.pop("moe", None)
+        unlike |= {"moe": changes} if changes else {}
+    return unlike
 
 
 def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
@@ -68,7 +78,7 @@ def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     stages = sorted(blocks)
     width, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     first = blocks[0][0]
-    family = "swinv2" if "attn.logit_scale" in first else "swin_mlp" if "spatial_mlp.weight" in first else "swin"
+    family = _family(first, any("._moe_layer." in key for key in state))
     facts: dict[str, Any] = {
         "family": family,
         "embed_dim": width,
@@ -79,8 +89,10 @@ def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
         "patch_norm": "patch_embed.norm.weight" in state,
         "ape": "absolute_pos_embed" in state,
-        "mlp_ratio": state["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "mlp_ratio": _mlp_ratio(state, width),
+        "mlp_fc2_bias": all(key.replace(".weight", ".bias") in state for key in state if key.endswith(_SECOND)),
         "extra_norm_interval": _extra_norm_interval(blocks),
+        **_moe_facts(state, blocks),
     }
     if family != "swin_mlp":
         facts["qkv_bias"] = bool({"attn.qkv.bias", "attn.q_bias"} & first)
@@ -92,7 +104,7 @@ def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         if mask is not None and (window := windows[stage]):
             facts["img_size"] = math.isqrt(mask.shape[0]) * window * patch << stage
             break
-    if family == "swinv2" and (pretrained := pretrained_windows(state)) is not None and windows[0]:
+    if family in CONTINUOUS and (pretrained := pretrained_windows(state)) is not None and windows[0]:
         present = tuple(windows[stage] for stage in stages)
         scaled = tuple(pretrained.get(stage, windows[stage]) for stage in stages)
         facts["pretrained_window_sizes"] = (0,) * len(stages) if scaled == present else scaled
@@ -101,14 +113,42 @@ def read_facts(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` without the prefixes of DistributedDataParallel and of a SimMIM encoder, and under public names."""
-    names = {key: key.removeprefix("module.").removeprefix("encoder.") for key in state}
-    return {name.replace(".rpe_mlp.", ".cpb_mlp."): state[key] for key, name in names.items()}
+    return {plain_name(key): tensor for key, tensor in state.items()}
+
+
+def _family(first: Collection[str], has_experts: bool) -> str:
+    """By the first block's keys."""
+    if "attn.logit_scale" in first:
+        return "swinv2_moe" if has_experts else "swinv2"
+    if "attn.cpb_mlp.0.weight" in first:
+        return "swin_moe"
+    return "swin_mlp" if "spatial_mlp.weight" in first else "swin"
+
+
+def _mlp_ratio(state: Mapping[str, Tensor], width: int) -> float:
+    if (dense := state.get("layers.0.blocks.0.mlp.fc1.weight")) is not None:
+        return dense.shape[0] / width
+    return state["layers.0.blocks.0.mlp._moe_layer.experts.batched_fc1_w"].shape[1] / width
+
+
+def _moe_facts(state: Mapping[str, Tensor], blocks: Mapping[int, Mapping[int, set[str]]]) -> dict[str, Any]:
+    """``moe`` (the fields of `MoEConfig` that tensors tell, or None) and ``moe_blocks``."""
+    inside = "mlp._moe_layer."
+    found = {i: sorted(j for j in blocks[i] if any(key.startswith(inside) for key in blocks[i][j])) for i in blocks}
+    layers = [f"layers.{stage}.blocks.{block}.{inside}" for stage in sorted(found) for block in found[stage]]
+    if not layers:
+        return {"moe": None}
+    total, _ = experts.gate_sizes(state, layers[0], "this file")
+    moe: dict[str, Any] = {"num_experts": total, "router": "linear"}
+    if (cosine := state.get(f"{layers[0]}gates.0.sim_matrix")) is not None:
+        moe |= {"router": "cosine", "cosine_dim": cosine.shape[0]}
+    return {"moe": moe, "moe_blocks": tuple(tuple(found[stage]) for stage in sorted(blocks))}
 
 
 def _heads(state: Mapping[str, Tensor], family: str, stage: int) -> int:
     block = f"layers.{stage}.blocks.0."
-    if family == "swinv2":
-        return state[f"{block}attn.logit_scale"].shape[0]
+    if family in CONTINUOUS:
+        return state[f"{block}attn.cpb_mlp.2.weight"].shape[0]
     if family == "swin":
         return state[f"{block}attn.relative_position_bias_table"].shape[1]
     weight = state[f"{block}spatial_mlp.weight"]

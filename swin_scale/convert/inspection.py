@@ -10,16 +10,18 @@ from typing import Any
 from swin_scale.checkpoint import Checkpoint, list_steps, step_directory
 from swin_scale.checkpoint.manifest import MANIFEST_NAME
 from swin_scale.checkpoint.tensorfile import DTYPES, read_header
-from swin_scale.convert import hub, zero_files
+from swin_scale.convert import hub, rank_files, zero_files
 from swin_scale.convert.layouts import NAMES
 from swin_scale.convert.load import describe_model
+from swin_scale.convert.ranks import RankWeights
 from swin_scale.convert.source import METADATA_KEY, open_weights, parse_metadata
 from swin_scale.convert.torchfile import is_torch_file
 from swin_scale.convert.translate import as_official
 from swin_scale.errors import CheckpointError, UserError
 from swin_scale.shards import INDEX_NAME, Manifest
 
-_FORMATS = {"torch": "torch.save", "safetensors": "safetensors", "deepspeed": "DeepSpeed ZeRO checkpoint"}
+_FORMATS = {"torch": "torch.save", "safetensors": "safetensors", "deepspeed": "DeepSpeed ZeRO checkpoint",
+            "ranks": "official Swin-MoE files"}  # fmt: skip
 
 
 def inspect_path(path: str | Path, *, verify: bool = False) -> str:
@@ -32,6 +34,8 @@ def inspect_path(path: str | Path, *, verify: bool = False) -> str:
     Raises UserError for a path that is none of these, CheckpointError or DataError for damaged ones.
     """
     path = Path(path)
+    if not path.is_dir() and rank_files.present(path):
+        return "\n".join(_weights(path))
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_file():
@@ -44,6 +48,8 @@ def inspect_path(path: str | Path, *, verify: bool = False) -> str:
         return "\n".join(_shards(path))
     if (path / MANIFEST_NAME).exists():
         return "\n".join(_checkpoint(path, verify))
+    if rank_files.present(path):
+        return "\n".join(_weights(path))
     if (directory := zero_files.find(path)) is not None or hub.weight_file(path) is not None:
         return "\n".join(_weights(directory or path))
     raise UserError(f"{path} is not a run, a checkpoint, a shard set or a weight file")
@@ -89,7 +95,7 @@ def _weights(path: Path) -> list[str]:
     """A foreign file or directory."""
     with open_weights(path) as weights:
         view, source = as_official(weights), weights.source
-    size = path.stat().st_size if path.is_file() else _size(path)
+        size = weights.bytes if isinstance(weights, RankWeights) else _size(path)
     lines = [
         f"{path}: {_FORMATS[source.format]}, {_bytes(size)}",
         f"  {_parameters(tensor.shape for tensor in weights.tensors.values())} (buffers included)",
@@ -146,8 +152,9 @@ def _tensors(entries: Iterable[Any]) -> str:
     return f"{_parameters(entry.shape for entry in entries)}, {' and '.join(dtypes)}"
 
 
-def _size(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.iterdir())
+def _size(path: Path) -> int:
+    """Of a file, or of the files of a directory."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
 
 
 def _bytes(count: int) -> str:

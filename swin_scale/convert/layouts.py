@@ -264,6 +264,8 @@ def check(to: str, v: Variant) -> None:
     def refuse(key: str, value: object, why: str) -> None:
         raise UserError(f"{name} cannot express model.{key} {value}: {why}; convert to safetensors instead")
 
+    if v.moe is not None:
+        refuse("moe", f"with {v.moe.num_experts} experts", "it has no experts")
     if v.family not in LAYOUTS[to]:
         refuse("family", v.family, "it has no such model")
     if v.extra_norm_interval and not (to == "mm" and v.family == "swinv2"):

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from swin_scale import labels
+from swin_scale.convert import experts
 from swin_scale.convert.fit import Head, fit
-from swin_scale.convert.infer import infer_model, plain_names, pretrained_windows
+from swin_scale.convert.infer import CONTINUOUS, infer_model, plain_names, pretrained_windows
 from swin_scale.convert.report import Report
 from swin_scale.convert.source import open_weights
 from swin_scale.convert.translate import View, as_official
-from swin_scale.convert.weights import Source
-from swin_scale.errors import CheckpointError
+from swin_scale.convert.weights import Source, Step, apply_steps
+from swin_scale.errors import CheckpointError, UserError
 from swin_scale.models import create_model, variant
 from swin_scale.models.geometry import Stage, stages
 from swin_scale.models.swin import Swin
@@ -28,7 +29,7 @@ class ModelInfo:
 
     path: Path
     format: str
-    """``checkpoint``, ``safetensors``, ``torch`` or ``deepspeed``."""
+    """``checkpoint``, ``safetensors``, ``torch``, ``deepspeed`` or ``ranks``."""
     kind: str
     """``master`` or ``ema``."""
     step: int | None
@@ -39,35 +40,77 @@ class ModelInfo:
     wnids: tuple[str, ...] | None
 
 
-def load_weights(model: nn.Module, path: str | Path, *, head: Head = "auto", kind: str = "master") -> Report:
+def load_weights(
+    model: nn.Module, path: str | Path, *, head: Head = "auto", kind: str = "master", upcycle: bool = False
+) -> Report:
     """Fill `model` from any weights this project reads; every key of both sides is in the returned report.
 
     Args:
-        model: from `create_model`, not on the meta device.
+        model: from `create_model`, not on the meta device. With an ``ep_group`` it takes its own experts only, and
+            where the source can help it reads no others.
         path, kind: see `open_weights`.
         head: see `fit`; ``auto`` keeps an equal head, maps 21,841 classes to 1,000, and otherwise starts anew.
+        upcycle: whether `model` has experts where the weights have dense MLPs: each expert starts as a copy, the gates
+            as `model` has them.
 
     Raises CheckpointError for unknown or missing keys and unfitting shapes, and for SwinV2 weights whose coordinates
     were scaled by another window than the model's, which would load and be wrong. The model is then unchanged.
     """
     with open_weights(path, kind=kind) as weights:
-        return _load(model, as_official(weights), head)
+        return _load(model, as_official(weights), head, upcycle)
 
 
-def _load(model: nn.Module, view: View, head: Head) -> Report:
+def _load(model: nn.Module, view: View, head: Head, upcycle: bool = False) -> Report:
     target, source = model.state_dict(), view.weights.source
     assert not any(tensor.is_meta for tensor in target.values()), "materialise the model first (to_empty, init_weights)"
+    _check_windows(model, view)
+    weights = experts.Share(view.weights, experts.held_experts(model))
+    steps = experts.upcycling(weights.tensors, experts.held_experts(model))
+    _check_upcycling(steps, target, source.path, upcycle)
+    taken = {step.sources for step in steps}
+    steps += [Step((key,), (key,)) for key in weights.tensors if (key,) not in taken]
+    tensors, report = fit(
+        apply_steps(weights.load(), steps),
+        target,
+        where=str(source.path),
+        into=type(model).__name__,
+        head=head,
+        fresh=_fresh(target) if upcycle else {},
+    )
+    model.load_state_dict(tensors, strict=True)
+    return view.account(report.before(steps).before(weights.steps))
+
+
+def _check_upcycling(steps: Sequence[Step], target: Mapping[str, Tensor], path: Path, upcycle: bool) -> None:
+    """Raise unless `upcycle` was asked for where it is needed, and can be done where it was asked for."""
+    if steps and not upcycle:
+        raise CheckpointError(
+            f"{path} has the dense {steps[0].sources[0]}, where the model has experts; set init.upcycle=true "
+            "(upcycle=True) to start each expert as a copy of it, or create the model the weights were made with"
+        )
+    if upcycle and not steps:
+        what = (
+            "has experts already" if any(map(experts.match, target)) else "is for a model with experts, this has none"
+        )
+        raise UserError(f"init.upcycle: {path} {what}; leave it out")
+
+
+def _fresh(target: Mapping[str, Tensor]) -> dict[str, str]:
+    """What upcycling cannot take from a dense MLP."""
+    gates = {name: "gate: the model's own initialisation" for name in target if "._moe_layer.gates." in name}
+    biases = (name for name in target if name.endswith("._moe_layer.experts.batched_fc2_bias"))
+    return gates | dict.fromkeys(biases, "the model's own initialisation: the dense MLPs have none")
+
+
+def _check_windows(model: nn.Module, view: View) -> None:
     here, there = _model_windows(getattr(model, "stages", ())), _source_windows(view)
     for stage, window in (there or {}).items():
         if here and here.get(stage, window) != window:
             wanted = tuple(there.get(i, here[i]) for i in here) if there else ()
             raise CheckpointError(
-                f"{source.path}: stage {stage} was trained with windows of {window}, the model scales its coordinates "
-                f"by {here[stage]}; create it with pretrained_window_sizes={wanted}"
+                f"{view.weights.source.path}: stage {stage} was trained with windows of {window}, the model scales its "
+                f"coordinates by {here[stage]}; create it with pretrained_window_sizes={wanted}"
             )
-    tensors, report = fit(view.weights.load(), target, where=str(source.path), into=type(model).__name__, head=head)
-    model.load_state_dict(tensors, strict=True)
-    return report.before(view.steps, view.dropped)
 
 
 def _model_windows(geometry: Any) -> dict[int, int]:
@@ -82,7 +125,7 @@ def _model_windows(geometry: Any) -> dict[int, int]:
 def _source_windows(view: View) -> dict[int, int] | None:
     """The same for the model the weights were made with; None when nothing tells or it has no such coordinates."""
     source = view.weights.source
-    if not any(key.endswith("attn.logit_scale") for key in view.clues):
+    if not any(".attn.cpb_mlp." in name for name in plain_names(view.clues)):
         return None
     if source.model is not None:
         return _model_windows(stages(variant(source.model["name"], **source.model["overrides"])))
@@ -112,7 +155,7 @@ def model_from_weights(
         values = {**base, **overrides}
         if {"img_size", "window_size"} & overrides.keys() and not values.get("pretrained_window_sizes"):
             trained = _model_windows(stages(variant(name, **base)))
-            if variant(name).family == "swinv2" and trained:
+            if variant(name).family in CONTINUOUS and trained:
                 depth = len(variant(name, **values).depths)
                 values["pretrained_window_sizes"] = tuple(trained.get(stage, 0) for stage in range(depth))
         network = create_model(name, **values)

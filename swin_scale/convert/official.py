@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swin_scale.convert.infer import CONTINUOUS
 from swin_scale.convert.plain import replacing
 from swin_scale.errors import CheckpointError
 from swin_scale.models import variant
@@ -46,7 +47,7 @@ def derived_buffers(name: str, overrides: Mapping[str, Any]) -> dict[str, Tensor
         for j in range(stage.depth):
             block = f"layers.{i}.blocks.{j}."
             buffers[f"{block}attn.relative_position_index"] = index
-            if v.family == "swinv2":
+            if v.family in CONTINUOUS:
                 buffers[f"{block}attn.relative_coords_table"] = coords
             if j % 2 and any(stage.shift_size):
                 buffers[f"{block}attn_mask"] = mask

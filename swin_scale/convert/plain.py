@@ -16,7 +16,7 @@ from swin_scale.checkpoint import strictjson
 from swin_scale.checkpoint.tensorfile import Written, write_tensor_file
 from swin_scale.convert.source import METADATA_KEY
 from swin_scale.convert.weights import Weights
-from swin_scale.errors import CheckpointError
+from swin_scale.errors import CheckpointError, UserError
 from swin_scale.files import fsync_directory
 
 FORMAT = "swin_scale.weights/1"
@@ -55,3 +55,23 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path`, renamed to it at the end, or removed with its files after an error.
+
+    Raises UserError where `path` is a directory with files in it.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"destination {path} is a directory with files in it; give a new name")
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        try:
+            yield temporary
+            fsync_directory(temporary)
+        except (OSError, CheckpointError):
+            for file in temporary.iterdir():
+                file.unlink()
+            temporary.rmdir()
+            raise

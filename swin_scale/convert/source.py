@@ -1,4 +1,4 @@
-"""Weights from anything this project reads: run directories, checkpoints, DeepSpeed ZeRO, safetensors, ``.pth``."""
+"""Weights from all this project reads: runs, checkpoints, DeepSpeed ZeRO, safetensors, ``.pth``, Swin-MoE ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from swin_scale.checkpoint import Checkpoint, list_steps, newest_good
 from swin_scale.checkpoint.manifest import MANIFEST_NAME
 from swin_scale.checkpoint.tensorfile import DTYPES, read_header, read_range
-from swin_scale.convert import hub, zero_files
-from swin_scale.convert.pickles import LazyTensor, Placeholder
-from swin_scale.convert.torchfile import TorchFile, is_torch_file
+from swin_scale.convert import hub, rank_files, zero_files
+from swin_scale.convert.ranks import RankWeights
+from swin_scale.convert.torch_weights import TorchWeights
+from swin_scale.convert.torchfile import is_torch_file
 from swin_scale.convert.weights import Source, Weights
 from swin_scale.convert.zero import ZeroWeights
 from swin_scale.errors import CheckpointError
@@ -27,9 +28,6 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "swin_scale"
 """Key of the JSON object in the metadata of safetensors files written here."""
 
-_MASTER = ("model", "state_dict", "module")
-_EMA = ("model_ema", "state_dict_ema", "ema")
-
 
 def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
     """Weights that are read on demand; close them, or use them in a ``with``.
@@ -38,7 +36,9 @@ def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
         path: a run directory or its ``checkpoints`` (the newest good step is taken), a step directory, a directory
             written by DeepSpeed's ``save_checkpoint`` (ZeRO 1 to 3, any number of ranks) or by Hugging Face or timm
             (``config.json`` beside the weights), or a file written by safetensors or ``torch.save`` with the weights
-            at the top, or under ``model``, ``state_dict`` or ``module``.
+            at the top, or under ``model``, ``state_dict`` or ``module``. The ``.rank0``, ``.rank1``, ... and
+            ``.master`` files of an official Swin-MoE are given as their directory, as the published zip, as one of
+            them, or as what their names begin with.
         kind: ``master``, or ``ema`` where a checkpoint or one of our files holds it, or a ``.pth`` has it under
             ``model_ema``, ``state_dict_ema`` or ``ema``.
 
@@ -48,6 +48,8 @@ def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
     try:
         if path.is_dir():
             return _open_directory(path, kind)
+        if rank_files.present(path):
+            return RankWeights(path, kind)
         if is_torch_file(path):
             return TorchWeights(path, kind)
     except OSError as error:
@@ -76,6 +78,8 @@ def _open_directory(path: Path, kind: str) -> Weights:
     if not steps and (directory := zero_files.find(path)) is not None:
         _refuse_ema(directory, kind)
         return ZeroWeights(directory)
+    if not steps and rank_files.present(path):
+        return RankWeights(path, kind)
     what = f"its {len(steps)} checkpoints are all damaged" if steps else "it holds no checkpoint"
     raise CheckpointError(f"{path}: {what}; give a run directory, a step_XXXXXXXX directory or a weight file")
 
@@ -97,6 +101,11 @@ class CheckpointWeights(Weights):
 
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self.source.kind, name).view(self.tensors[name].shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        shape = self.tensors[name].shape[1:]
+        row = math.prod(shape)
+        return self._checkpoint.read(self.source.kind, name, start * row, (stop - start) * row).view(-1, *shape)
 
     def close(self) -> None:
         self._checkpoint.close()
@@ -126,13 +135,19 @@ class SafetensorsWeights(Weights):
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
     def read(self, name: str) -> Tensor:
+        return self._read(name, self.tensors[name], 0)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
         meta = self.tensors[name]
+        return self._read(name, meta[start:stop], start * math.prod(meta.shape[1:]) * meta.element_size())
+
+    def _read(self, name: str, meta: Tensor, offset: int) -> Tensor:
         try:
             out = torch.empty(meta.shape, dtype=meta.dtype)
         except RuntimeError as error:
             size = math.prod(meta.shape) * meta.element_size()
             raise CheckpointError(f"{self._path}: tensor {name!r} of {size} bytes does not fit in memory") from error
-        read_range(self._descriptor, self._path, self._entries[name].begin, out)
+        read_range(self._descriptor, self._path, self._entries[name].begin + offset, out)
         return out
 
     def close(self) -> None:
@@ -156,65 +171,6 @@ def parse_metadata(path: Path, text: str) -> tuple[dict[str, Any] | None, int | 
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: its {METADATA_KEY} metadata is damaged: {reason}") from error
-
-
-class TorchWeights(Weights):
-    """The table of tensors in a file of ``torch.save``."""
-
-    def __init__(self, path: Path, kind: str) -> None:
-        self._file = TorchFile(path)
-        try:
-            top = _table(self._file.content)
-            if top is None:
-                raise CheckpointError(f"{path} holds a {type(self._file.content).__name__}, not a table of tensors")
-            if {"param_shapes", "buffer_names"} <= top.keys() and top["param_shapes"] is not None:
-                raise CheckpointError(f"{path} is one file of a DeepSpeed checkpoint; give the directory it is in")
-            table, kind = _choose(top, kind, path)
-            self._lazy = table
-            self.tensors = {name: self._file.meta(lazy) for name, lazy in table.items()}
-        except CheckpointError:
-            self._file.close()
-            raise
-        self.source = Source(
-            path=path,
-            format="torch",
-            kind=kind,
-            beside=() if table is top else tuple(str(name) for name in top if _table(top[name]) is not table),
-            mentioned=tuple(sorted(self._file.mentioned)),
-        )
-
-    def read(self, name: str) -> Tensor:
-        return self._file.read(self._lazy[name])
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _choose(top: dict[Any, Any], kind: str, path: Path) -> tuple[dict[str, LazyTensor], str]:
-    """The table of weights, and its kind: a file with nothing but a moving average gives that."""
-    averages, masters = ([(key, t) for key in keys if (t := _table(top.get(key)))] for keys in (_EMA, _MASTER))
-    if kind == "ema":
-        if not averages:
-            raise CheckpointError(f"{path} has no {' or '.join(_EMA)} and does not say that it is ema; leave ema out")
-        found = averages[0]
-    elif kind == "master":
-        found = next(iter([*masters, *averages]), ("", top))
-    else:
-        raise CheckpointError(f"{path} holds master or ema weights, not {kind}")
-    key, table = found
-    wrong = [name for name, value in table.items() if not isinstance(value, LazyTensor) or not isinstance(name, str)]
-    if wrong or not table:
-        raise CheckpointError(
-            f"{path}: no table of tensors found at the top or under {', '.join((*_MASTER, *_EMA))}; "
-            f"at the top are {', '.join(map(str, list(top)[:8])) or 'no entries'}"
-        )
-    return table, "ema" if key in _EMA else kind
-
-
-def _table(content: Any) -> dict[Any, Any] | None:
-    if isinstance(content, Placeholder):
-        content = content.items
-    return content if isinstance(content, dict) else None
 
 
 def _refuse_ema(path: Path, kind: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Source:
 
     path: Path
     format: str
-    """``checkpoint``, ``safetensors``, ``torch`` or ``deepspeed``."""
+    """``checkpoint``, ``safetensors``, ``torch``, ``deepspeed`` or ``ranks`` (the files of an official Swin-MoE)."""
     kind: str
     """``master`` or ``ema``."""
     step: int | None = None
@@ -52,10 +52,18 @@ class Weights(AbstractContextManager["Weights"], ABC):
 
     source: Source
     tensors: Mapping[str, Tensor]
+    steps: Sequence[Step] = ()
+    """How the tensors come from the keys of several files; empty where there is one table of keys."""
+    left_out: Mapping[str, str] = MappingProxyType({})
+    """Keys of the files that are in no tensor, and why."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU and contiguous; raises CheckpointError naming the file."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor; sources that can do so read nothing else."""
+        return self.read(name)[start:stop].clone()
 
     def pieces(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """The bytes of one tensor in order; a piece is valid until the next is asked for."""
@@ -112,6 +120,12 @@ class Renamed(Weights):
             self._last = step, step.apply([self.inner.read(source) for source in step.sources])
         return self._last[1][step.targets.index(name)].contiguous()
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        step = self._step[name]
+        if step.change is None:
+            return self.inner.rows(step.sources[step.targets.index(name)], start, stop)
+        return super().rows(name, start, stop)
+
     def pieces(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
         step = self._step[name]
         if step.change is None:
@@ -140,6 +154,11 @@ def apply_steps(tensors: Mapping[str, Tensor], steps: Sequence[Step]) -> dict[st
     for step in steps:
         made.update(zip(step.targets, step.apply([tensors[name] for name in step.sources]), strict=True))
     return made
+
+
+def plain_name(key: str) -> str:
+    """A key without the prefixes of DistributedDataParallel and of a SimMIM encoder, under its public name."""
+    return key.removeprefix("module.").removeprefix("encoder.").replace(".rpe_mlp.", ".cpb_mlp.")
 
 
 def on_meta(tensor: Tensor) -> Tensor:

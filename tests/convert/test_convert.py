@@ -181,10 +181,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, caplog):
 def test_the_command_line_lists_every_format(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
-    shown = re.search(r"format to write: ([\w, \n]+)", capsys.readouterr().out)
-    assert set(re.split(r",\s*", shown[1].partition("\n  -")[0].strip())) == set(FORMATS)
+    shown = re.search(r"format to write: ([\w, \n-]+?)\n  -", capsys.readouterr().out)
+    assert set(re.split(r",\s*", re.sub(r"-\s+", "-", shown[1]).strip())) == set(FORMATS)
     save_run(tmp_path, V2)
-    for to in FORMATS:
+    for to in [to for to in FORMATS if to != "tutel-epN"]:  # for models with experts: tests/convert/test_write_ranks.py
         assert main(["convert", str(tmp_path), str(tmp_path / f"out_{to}"), "--to", to, "--model", V2, "--ema"]) == 0
         assert f"out_{to}: " in capsys.readouterr().out
     assert main(["convert", str(tmp_path), str(tmp_path / "w"), "--to", "onnx"]) == 2
