@@ -46,15 +46,18 @@ def build_model(
         create_model, config.model.name, seed=config.run.seed, activation_checkpointing=recompute, **overrides
     )
     build = partial(build_whole, **experts.model_options()) if experts is not None else build_whole
+    # Layers of another backend would not start as ours do.
+    foreign = experts is not None and experts.backend != "native"
 
     def build_from_weights() -> Swin:
         model = build()
-        if weights is None:
-            return model
         held = experts.held(model) if experts is not None else {}
-        whole = build_whole() if held else model
-        logger.info("%s", load_weights(whole, weights, head=config.init.head))
-        if held:
+        if weights is None and not foreign:
+            return model
+        whole = build_whole() if held or foreign else model
+        if weights is not None:
+            logger.info("%s", load_weights(whole, weights, head=config.init.head))
+        if whole is not model:
             _take_parts(model, whole, held)
         return model
 
@@ -62,7 +65,7 @@ def build_model(
         return build_from_weights(), None
     values: Values | None = None
     problem = None
-    if weights is not None and dist.is_main:
+    if (weights is not None or foreign) and dist.is_main:
         try:
             values = build_from_weights().named_parameters()
         except CheckpointError as error:
@@ -76,7 +79,8 @@ def build_model(
 @torch.no_grad()
 def _take_parts(model: Swin, whole: Swin, held: Mapping[nn.Parameter, Held]) -> None:
     """Copy all parameters of `whole`, of experts those that `model` holds."""
-    for (name, parameter), (_, source) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+    sources = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
         start = held[parameter].start if parameter in held else 0
-        assert parameter in held or parameter.shape == source.shape, name
-        parameter.view(-1).copy_(source.view(-1)[start : start + parameter.numel()])
+        assert parameter in held or parameter.shape == sources[name].shape, name
+        parameter.view(-1).copy_(sources[name].view(-1)[start : start + parameter.numel()])
