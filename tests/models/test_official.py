@@ -21,7 +21,7 @@ RELEASED = [
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_released_config(name, capsys):
+def test_released_config(name, process_group, capsys):
     v = variant(name)
     official = build_official(name, v.num_classes).eval()
     generator = torch.Generator().manual_seed(1)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 
 from swin_scale.models import create_model, list_models, variant
@@ -35,15 +34,6 @@ NAMES = [
 def official_stem(name):
     """The config's stem, which has the number of GPUs in it, as a glob."""
     return re.sub(r"(\d+expert)_22k", r"\1_*gpu_22k", name)
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory):
-    """The official constructor asks for its rank."""
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def pair(name, gshard=False, noise=1.0):
