@@ -18,7 +18,7 @@ from swin_scale.convert.source import open_weights
 from swin_scale.convert.translate import View, as_official
 from swin_scale.convert.weights import Source, Step, apply_steps
 from swin_scale.errors import CheckpointError, UserError
-from swin_scale.models import create_model, variant
+from swin_scale.models import Variant, create_model, variant
 from swin_scale.models.geometry import Stage, stages
 from swin_scale.models.swin import Swin
 
@@ -66,7 +66,7 @@ def _load(model: nn.Module, view: View, head: Head, upcycle: bool = False) -> Re
     _check_windows(model, view)
     weights = experts.Share(view.weights, experts.held_experts(model))
     steps = experts.upcycling(weights.tensors, experts.held_experts(model))
-    _check_upcycling(steps, target, source.path, upcycle)
+    _check_upcycling(steps, model, view, upcycle)
     taken = {step.sources for step in steps}
     steps += [Step((key,), (key,)) for key in weights.tensors if (key,) not in taken]
     tensors, report = fit(
@@ -81,18 +81,31 @@ def _load(model: nn.Module, view: View, head: Head, upcycle: bool = False) -> Re
     return view.account(report.before(steps).before(weights.steps))
 
 
-def _check_upcycling(steps: Sequence[Step], target: Mapping[str, Tensor], path: Path, upcycle: bool) -> None:
+def _check_upcycling(steps: Sequence[Step], model: nn.Module, view: View, upcycle: bool) -> None:
     """Raise unless `upcycle` was asked for where it is needed, and can be done where it was asked for."""
-    if steps and not upcycle:
-        raise CheckpointError(
-            f"{path} has the dense {steps[0].sources[0]}, where the model has experts; set init.upcycle=true "
-            "(upcycle=True) to start each expert as a copy of it, or create the model the weights were made with"
-        )
-    if upcycle and not steps:
-        what = (
-            "has experts already" if any(map(experts.match, target)) else "is for a model with experts, this has none"
-        )
+    path, source, target = view.weights.source.path, plain_names(view.weights.tensors), plain_names(model.state_dict())
+    if not upcycle:
+        if steps:
+            raise CheckpointError(
+                f"{path} has the dense {steps[0].sources[0]}, where the model has experts; set init.upcycle=true "
+                "(upcycle=True) to start each expert as a copy of it, or create the model the weights were made with"
+            )
+        return
+    if not steps:
+        what = "has experts itself" if any(map(experts.match, target)) else "is to fill a model without experts"
         raise UserError(f"init.upcycle: {path} {what}; leave it out")
+    if any(name.endswith(".relative_position_bias_table") for name in source):
+        raise CheckpointError(
+            f"{path} has Swin V1's tables of position biases, the model computes them from coordinates; start a "
+            "swinv2_moe from a SwinV2, a swin_moe from its dense baseline"
+        )
+    v = getattr(model, "variant", None)
+    biased = any(name.endswith(".mlp.fc2.bias") for name in source)
+    if biased and isinstance(v, Variant) and v.moe is not None and not (v.mlp_fc2_bias and v.moe.fc2_bias):
+        raise CheckpointError(
+            f"{path} has second biases of MLPs, the model none (mlp_fc2_bias={v.mlp_fc2_bias}, moe.fc2_bias="
+            f"{v.moe.fc2_bias}); create it with mlp_fc2_bias=True and moe.fc2_bias=True"
+        )
 
 
 def _fresh(target: Mapping[str, Tensor]) -> dict[str, str]:

@@ -63,13 +63,13 @@ def steps(tensors: Mapping[str, Tensor], ranks: int | None) -> list[Step]:
 
 
 def _check(placing: Placing, name: str, tensor: Tensor) -> None:
-    hidden = 1 if name == "batched_fc2_bias" else tensor.shape[1]
-    if not placing.fits or hidden % placing.sharing:
+    hidden, is_padded = tensor.shape[1], name == "batched_fc2_bias"
+    if not placing.fits or (hidden % placing.sharing and not is_padded):
         total = placing.experts
         fewer = [ranks for ranks in range(1, total + 1) if total % ranks == 0]
         raise UserError(
-            f"--to tutel-ep{placing.ranks}: {total} experts of {hidden} hidden units do not lie on {placing.ranks} "
-            f"ranks; choose one of {', '.join(map(str, fewer))}, or {total} times a divisor of the hidden units"
+            f"--to tutel-ep{placing.ranks}: {total} experts do not lie on {placing.ranks} ranks; "
+            f"choose one of {', '.join(map(str, fewer))}, or {total} times a divisor of the hidden units"
         )
 
 
