@@ -129,7 +129,7 @@ def test_a_moe_of_swinv2(tmp_path):
 def test_what_formats_and_numbers_of_ranks_cannot_do_is_exit_2(tmp_path, capsys):
     run, dense = checkpoint_of(tmp_path / "run", moe_model(8)), tmp_path / "dense.pth"
     name = "swin_moe_small_patch4_window12_192_densebaseline_22k"
-    sizes = {"img_size": 32, "window_size": 4, "depths": (1, 1), "num_heads": (3, 6)}
+    sizes = {"img_size": 32, "window_size": 4, "depths": (2, 2), "num_heads": (3, 6)}
     state = dict(create_model(name, num_classes=3, **sizes).state_dict())
     torch.save({"model": with_official_buffers(state, name, **sizes)}, dense)
     for to, source, message in (
