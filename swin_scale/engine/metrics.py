@@ -29,7 +29,7 @@ STEP_KEYS = (
     "data_wait_s", "step_s", "mem_gb", "batch_digest",
 )  # fmt: skip
 """Keys that every step row has; models add their own, such as routing figures."""
-HEAT_MAP_PIXELS = 192
+HEAT_MAP_PIXELS = 128
 """At least so many along the longer side of a heat map."""
 _SPEED_KEYS = ("images_per_s", "mfu", "data_wait_s", "step_s", "mem_gb")
 _NOT_DRAWN = ("step", "samples", "batch_digest")
@@ -80,7 +80,7 @@ class MetricWriter:
         """Draw a map (H, W) of numbers from 0 up as a picture in TensorBoard: from 0, pale, to its maximum, dark."""
         if self._tensorboard is not None:
             size = -(-HEAT_MAP_PIXELS // max(values.shape))
-            picture = np.kron(paint(values, values.max()), np.ones((size, size, 1), dtype=np.uint8))
+            picture = paint(values, values.max()).repeat(size, axis=0).repeat(size, axis=1)
             self._tensorboard.image(tag, torch.tensor(picture).permute(2, 0, 1), step)
 
     def close(self) -> None:

@@ -28,6 +28,9 @@ from swin_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+IMAGE_EVERY = 5
+"""Of the ``routing`` events, every one of so many is drawn in TensorBoard, and the last."""
+
 
 class StepLog:
     """Rows, events and the skip ledger of one run. Every method is called by all ranks together."""
@@ -51,6 +54,7 @@ class StepLog:
         world = torch.distributed.group.WORLD
         assert world is not None, "StepLog before dist.init"
         self._routing = RoutingLog(world, total_steps=total_steps)
+        self._maps = 0
         self._progress: Progress | None = None
         self._total_steps = total_steps
         self._pending: list[tuple[Batch, dict[str, Any]]] = []
@@ -137,8 +141,12 @@ class StepLog:
             self._writer.event(alarm.name, step, layer=alarm.layer, problem=alarm.problem, **alarm.fields)
         if routing.maps is not None:
             self._writer.event("routing", step, **routing.maps)
-            for name, layer in routing.maps["layers"].items():
-                self._writer.heat_map(f"moe/{name}/dropped", np.array(layer["dropped"] or [[0.0]]), step)
+            self._maps += 1
+            # Pictures cost more than all the numbers together.
+            if self._maps % IMAGE_EVERY == 1 or step == self._total_steps:
+                for name, layer in routing.maps["layers"].items():
+                    if layer["dropped"] is not None:
+                        self._writer.heat_map(f"moe/{name}/dropped", np.array(layer["dropped"]), step)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Write an event after the pending rows, and leave its time out of the next step's."""

@@ -18,7 +18,7 @@ from swin_scale.report.svg import WIDTH, escape
 
 LEFT, NAMED_LEFT, RIGHT, TOP = 44, 134, 472, 6
 NAMED_ROWS = 24
-"""Maps of at most so many rows have room for a name beside each."""
+"""Maps of at most so many rows have room for a name beside each, where rows have names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +39,22 @@ class Heat:
     columns: Sequence[str]
     row_axis: str
     column_axis: str
+    named: bool = False
+    """Whether rows have names rather than numbers."""
 
 
 def draw(heat: Heat, *, tall: float = 170.0) -> str:
     """The map with its axes, as wide as a picture; rows with names are as high as their text, others share `tall`."""
     count, width = heat.values.shape
-    named = count <= NAMED_ROWS and any(not name.isdigit() for name in heat.rows)
-    left = NAMED_LEFT if named else LEFT
+    named = heat.named and count <= NAMED_ROWS
+    left = NAMED_LEFT if named and max(map(len, heat.rows)) > 3 else LEFT
     bottom = TOP + (max(17.0 * count, 60.0) if named else tall)
     body = [_cells(heat, left, TOP, RIGHT - left, bottom - TOP)]
     step = (bottom - TOP) / count
     for at in range(count) if named else _ticks(count, 8):
         y = TOP + (at + 0.5) * step
         body.append(f'<text class="y" x="{left - 6}" y="{y:.1f}" dy="4">{escape(heat.rows[at], 16)}</text>')
-    if not named:
+    if left == LEFT:
         body.append(_turned(heat.row_axis, TOP, bottom))
     for at in _ticks(width, 16 if max(map(len, heat.columns)) <= 3 else 7):
         x = left + (at + 0.5) * (RIGHT - left) / width

@@ -1,25 +1,18 @@
-"""The page: head and summary, pictures, then tables, most wanted first. Every word from a file goes through `escape`.
-
-The page may run one script, its own, by digest, and may fetch nothing: should an escape ever be missing, a browser
-still runs and loads none of what the files of a run hold.
-"""
+"""A run's page: head and summary, pictures, tables, most wanted first. Words from a file go through `escape`."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from swin_scale.log import Row
 from swin_scale.report.curves import Span, short
+from swin_scale.report.document import Cells, date, document, facts, table
 from swin_scale.report.history import LISTED_SKIPS, History, number
 from swin_scale.report.pictures import event_name, is_remarkable, lanes, pictures
 from swin_scale.report.routing import routing_section
-from swin_scale.report.style import CSS, SCRIPT
 from swin_scale.report.svg import CELLS, draw, escape, figure
 from swin_scale.report.svg import lanes as draw_lanes
 
@@ -38,13 +31,10 @@ LISTED_EVENTS = 200
 LISTED_SHARDS = 50
 
 _NUMBERS = ("step", "top-1, %", "top-5, %", "loss", "samples", "unusable samples")
-_Cells = Sequence[object]
 
 
 def page(history: History, written: float) -> str:
     """The whole document; `written` is the time it shows, in seconds since the epoch."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     sections = [
         _head(history),
         _summary(history),
@@ -56,16 +46,8 @@ def page(history: History, written: float) -> str:
         _config(history),
         _environment(history),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="referrer" content="no-referrer">'
-        f"<title>{escape(_name(history))}: run report</title><style>{CSS}</style></head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n<footer>Written {_date(written)} from the files in the run directory.</footer>\n"
-        f"<script>{SCRIPT}</script></body></html>\n"
-    )
+    foot = f"Written {date(written)} from the files in the run directory."
+    return document(f"{_name(history)}: run report", sections, foot)
 
 
 def _name(history: History) -> str:
@@ -87,42 +69,38 @@ def _head(history: History) -> str:
 
 def _summary(history: History) -> str:
     columns, steps = history.columns, history.steps
-    facts: list[tuple[str, str, str]] = []
+    found: list[tuple[str, str, str]] = []
     if len(steps):
         samples = columns["samples"][np.isfinite(columns["samples"])]
         again = f"{history.repeated:,} done again after a resume" if history.repeated else ""
-        facts.append(("Steps", f"{int(steps[-1]):,}", again))
+        found.append(("Steps", f"{int(steps[-1]):,}", again))
         if len(samples):
-            facts.append(("Images seen", short(float(samples[-1])), ""))
+            found.append(("Images seen", short(float(samples[-1])), ""))
         seconds = columns["step_s"][np.isfinite(columns["step_s"])]
-        facts.append(("Training time", _duration(float(seconds.sum())), _wall(history)))
+        found.append(("Training time", _duration(float(seconds.sum())), _wall(history)))
         rates = columns["images_per_s"][np.isfinite(columns["images_per_s"])]
         if len(rates):
-            facts.append(("Images/s, median", short(float(np.median(rates))), f"mean {short(float(rates.mean()))}"))
+            found.append(("Images/s, median", short(float(np.median(rates))), f"mean {short(float(rates.mean()))}"))
         waited = columns["data_wait_s"][np.isfinite(columns["data_wait_s"])]
         if len(waited) and seconds.sum() > 0:
-            facts.append(("Waiting for data", f"{100 * waited.sum() / seconds.sum():.1f} %", "of the training time"))
+            found.append(("Waiting for data", f"{100 * waited.sum() / seconds.sum():.1f} %", "of the training time"))
         losses = np.flatnonzero(np.isfinite(columns["loss"]))
         if len(losses):
-            facts.append(("Last loss", short(float(columns["loss"][losses[-1]])), ""))
+            found.append(("Last loss", short(float(columns["loss"][losses[-1]])), ""))
     best = max(history.named("eval"), key=lambda row: number(row.get("top1", -1)), default=None)
     if best is not None and number(best.get("top1")) == number(best.get("top1")):
         what = f"{'' if best.get('weights', 'master') == 'master' else best.get('weights')} at step {best['step']:,}"
-        facts.append(("Best top-1", f"{number(best.get('top1')):.2f} %", what.strip()))
+        found.append(("Best top-1", f"{number(best.get('top1')):.2f} %", what.strip()))
     saved = [int(name.removeprefix("step_")) for name in history.checkpoints]
-    facts.append(("Last checkpoint", f"step {saved[-1]:,}" if saved else "none", f"{len(saved)} kept" if saved else ""))
-    facts.append(("Skipped samples", f"{history.skips.count:,}", ""))
+    found.append(("Last checkpoint", f"step {saved[-1]:,}" if saved else "none", f"{len(saved)} kept" if saved else ""))
+    found.append(("Skipped samples", f"{history.skips.count:,}", ""))
     updates = int((columns["skipped"] == 1).sum())
     if updates:
-        facts.append(("Skipped updates", f"{updates:,}", "non-finite gradients"))
+        found.append(("Skipped updates", f"{updates:,}", "non-finite gradients"))
     resumes = [row for row in history.named("start") if row["step"] > 0]
     if resumes:
-        facts.append(("Resumes", str(len(resumes)), ""))
-    cells = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(note)}</small>' if note else ''}</dd></div>"
-        for name, value, note in facts
-    )
-    return f'<dl class="facts">{cells}</dl>'
+        found.append(("Resumes", str(len(resumes)), ""))
+    return facts(found)
 
 
 def _wall(history: History) -> str:
@@ -185,8 +163,8 @@ def _skips(history: History) -> str:
     skips = history.skips
     if not skips.count:
         return ""
-    by_shard = _table(["shard", "reason", "samples"], skips.by_shard[:LISTED_SHARDS], numeric=(2,))
-    first = _table(
+    by_shard = table(["shard", "reason", "samples"], skips.by_shard[:LISTED_SHARDS], numeric=(2,))
+    first = table(
         ["step", "shard", "key", "reason"],
         [[row.get(key) for key in ("step", "shard", "key", "reason")] for row in skips.first],
         numeric=(0,),
@@ -207,7 +185,7 @@ def _events(history: History) -> str:
     for row in shown:
         fields = {k: v for k, v in row.items() if k not in ("event", "step", "time", "environment")}
         moment = number(row.get("time"))
-        cells.append([f"{row['step']:,}", event_name(row), _date(moment) if moment == moment else "", _fields(fields)])
+        cells.append([f"{row['step']:,}", event_name(row), date(moment) if moment == moment else "", _fields(fields)])
     note = f"The last {len(shown)} of {len(rows):,}." if len(rows) > len(shown) else ""
     return _section("Events", ["step", "event", "when", "what"], cells, note=note)
 
@@ -246,22 +224,12 @@ def _environment(history: History) -> str:
     return _section("Environment", ["", *(f"from step {row['step']:,}" for row, _ in starts)], cells)
 
 
-def _section(title: str, heads: Sequence[str], rows: Sequence[_Cells], *, note: str = "") -> str:
+def _section(title: str, heads: Sequence[str], rows: Sequence[Cells], *, note: str = "") -> str:
     if not rows:
         return ""
     numeric = [at for at, head in enumerate(heads) if head in _NUMBERS]
     told = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<h2>{escape(title)}</h2>{told}{_table(heads, rows, numeric=numeric)}"
-
-
-def _table(heads: Sequence[str], rows: Iterable[_Cells], *, numeric: Iterable[int] = ()) -> str:
-    kinds = dict.fromkeys(numeric, ' class="n"')
-
-    def row(cells: _Cells, tag: str) -> str:
-        return "".join(f"<{tag}{kinds.get(at, '')}>{escape(cell)}</{tag}>" for at, cell in enumerate(cells))
-
-    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
-    return f'<div class="table"><table><thead><tr>{row(heads, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<h2>{escape(title)}</h2>{told}{table(heads, rows, numeric=numeric)}"
 
 
 def _fields(fields: Mapping[str, Any]) -> str:
@@ -274,11 +242,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
-
-
-def _date(seconds: float) -> str:
-    # Times of other machines' clocks may be anything.
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(max(seconds, 0.0), 4e9)))
 
 
 def _duration(seconds: float) -> str:

@@ -28,6 +28,7 @@ font-variant-numeric:tabular-nums}}
 .minis b{{display:block;font-size:.78rem;font-weight:600;line-height:1.3}}
 .minis span{{color:var(--soft);font-weight:400;white-space:nowrap}}
 .part{{margin:26px 0 12px}}
+svg .bar{{fill:var(--c)}}
 .wide{{grid-column:1/-1}}
 """
 
