@@ -41,9 +41,9 @@ def facts(found: Iterable[tuple[str, str, str]]) -> str:
     return f'<dl class="facts">{cells}</dl>'
 
 
-def table(heads: Sequence[str], rows: Iterable[Cells], *, numeric: Iterable[int] = ()) -> str:
-    """A table in its frame; columns in `numeric` are set to the right."""
-    kinds = dict.fromkeys(numeric, ' class="n"')
+def table(heads: Sequence[str], rows: Iterable[Cells], *, numeric: Iterable[int] = (), key: bool = False) -> str:
+    """A table in its frame; columns in `numeric` are set to the right, with `key` the first is never broken."""
+    kinds = dict.fromkeys(numeric, ' class="n"') | ({0: ' class="k"'} if key else {})
 
     def row(cells: Cells, tag: str) -> str:
         return "".join(f"<{tag}{kinds.get(at, '')}>{escape(cell)}</{tag}>" for at, cell in enumerate(cells))

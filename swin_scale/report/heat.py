@@ -43,24 +43,30 @@ class Heat:
     """Whether rows have names rather than numbers."""
 
 
-def draw(heat: Heat, *, tall: float = 170.0) -> str:
-    """The map with its axes, as wide as a picture; rows with names are as high as their text, others share `tall`."""
+def draw(heat: Heat, *, tall: float = 170.0, square: bool = False) -> str:
+    """The map with its axes, as wide as a picture; rows with names are as high as their text, others share `tall`.
+
+    `square`: cells are, so that a map of places looks like the image.
+    """
     count, width = heat.values.shape
     named = heat.named and count <= NAMED_ROWS
     left = NAMED_LEFT if named and max(map(len, heat.rows)) > 3 else LEFT
     bottom = TOP + (max(17.0 * count, 60.0) if named else tall)
-    body = [_cells(heat, left, TOP, RIGHT - left, bottom - TOP)]
+    right = min(float(RIGHT), left + (bottom - TOP) * width / count) if square else float(RIGHT)
+    bottom = TOP + (right - left) * count / width if square else bottom
+    body = [_cells(heat, left, TOP, right - left, bottom - TOP)]
     step = (bottom - TOP) / count
-    for at in range(count) if named else _ticks(count, 8):
+    # Names of many rows have no room: they show under the pointer.
+    for at in range(count) if named else ticks(count, 8) if max(map(len, heat.rows)) <= 4 else ():
         y = TOP + (at + 0.5) * step
         body.append(f'<text class="y" x="{left - 6}" y="{y:.1f}" dy="4">{escape(heat.rows[at], 16)}</text>')
     if left == LEFT:
         body.append(_turned(heat.row_axis, TOP, bottom))
-    for at in _ticks(width, 16 if max(map(len, heat.columns)) <= 3 else 7):
-        x = left + (at + 0.5) * (RIGHT - left) / width
+    for at in ticks(width, 14 if max(map(len, heat.columns)) <= 3 else 7):
+        x = left + (at + 0.5) * (right - left) / width
         body.append(f'<text class="x" x="{x:.1f}" y="{bottom + 15:g}">{escape(heat.columns[at], 9)}</text>')
-    body.append(f'<text class="x" x="{(left + RIGHT) / 2:g}" y="{bottom + 31:g}">{escape(heat.column_axis)}</text>')
-    return _frame(heat, f"0 0 {WIDTH} {bottom + 36:g}", body, (left, TOP, RIGHT - left, bottom - TOP))
+    body.append(f'<text class="x" x="{(left + right) / 2:g}" y="{bottom + 31:g}">{escape(heat.column_axis)}</text>')
+    return _frame(heat, f"0 0 {WIDTH} {bottom + 36:g}", body, (left, TOP, right - left, bottom - TOP))
 
 
 def small(heat: Heat) -> str:
@@ -113,7 +119,7 @@ def _cells(heat: Heat, x: float, y: float, width: float, height: float) -> str:
     return f'<g class="cells" transform="{place}">{drawn}</g>'
 
 
-def _ticks(count: int, most: int) -> range:
+def ticks(count: int, most: int) -> range:
     """Every first, second, fifth, tenth, ... place, so that at most `most` are named."""
     step = next(f * 10**e for e in range(9) for f in (1, 2, 5) if -(-count // (f * 10**e)) <= most)
     return range(0, count, step)

@@ -26,7 +26,8 @@ font-variant-numeric:tabular-nums}}
 .minis>div{{position:relative;min-width:0}}
 .minis svg{{border:1px solid var(--rule);border-radius:3px}}
 .minis b{{display:block;font-size:.78rem;font-weight:600;line-height:1.3}}
-.minis span{{color:var(--soft);font-weight:400;white-space:nowrap}}
+.minis span{{display:block;color:var(--soft);font-weight:400;white-space:nowrap}}
+.k{{white-space:nowrap;width:1%}}
 .part{{margin:26px 0 12px}}
 svg .bar{{fill:var(--c)}}
 .wide{{grid-column:1/-1}}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class LayerSurvey:
     def experts(self) -> int:
         return self.by_class.shape[1]
 
-    @property
+    @cached_property
     def load(self) -> np.ndarray:
         """(E,): share of all choices."""
         count = self.by_class.sum(0)
@@ -118,15 +119,15 @@ def banded(rows: np.ndarray, most: int) -> list[np.ndarray]:
     return [band for band in np.array_split(rows, min(most, len(rows))) if len(band)] if len(rows) else []
 
 
-def top_classes(by_class: np.ndarray, expert: int, count: int, least: int) -> list[tuple[int, float]]:
-    """(class, share of its choices that fall on `expert`) of the `count` classes that use it most.
+def top_classes(by_class: np.ndarray, count: int, least: int) -> list[list[tuple[int, float]]]:
+    """For each expert (class, share of its choices that fall there) of the `count` classes that use it most.
 
     Only classes of at least `least` choices, so that a class seen once does not lead every list.
     """
-    total = by_class.sum(1)
-    share = np.where(total >= max(least, 1), by_class[:, expert] / np.maximum(total, 1), -1.0)
-    best = np.argsort(-share, kind="stable")[:count]
-    return [(int(label), float(share[label])) for label in best if share[label] > 0]
+    labels = np.flatnonzero(by_class.sum(1) >= max(least, 1))
+    part = np.ascontiguousarray(shares(by_class[labels].astype(np.float64)).T)
+    best = [np.argsort(-share, kind="stable")[:count] for share in part]
+    return [[(int(labels[i]), float(share[i])) for i in some if share[i] > 0] for share, some in zip(part, best)]
 
 
 def named(classes: Sequence[str], labels: Sequence[int], most: int = 3) -> str:

@@ -6,12 +6,12 @@ import numpy as np
 
 from swin_scale.report.curves import short
 from swin_scale.report.document import date, document, facts, table
-from swin_scale.report.heat import Heat, draw, scale, small
+from swin_scale.report.heat import Heat, draw, scale, small, ticks
 from swin_scale.report.survey import BINS, LayerSurvey, Survey, arrange, banded, explained, named, shares, top_classes
 from swin_scale.report.svg import LEFT, RIGHT, WIDTH, escape
 
 MAX_LAYERS = 48
-MAX_BANDS = 64
+MAX_BANDS = 100
 MAX_PLACES = 48
 """Experts whose map of places is drawn, the busiest."""
 MAX_SIDE = 16
@@ -84,7 +84,7 @@ def _summary(layers: tuple[LayerSurvey, ...]) -> str:
                 f"{100 * explained(layer.by_place.reshape(-1, layer.experts)):.1f} %",
             ]
         )
-    return table(heads, rows, numeric=range(1, len(heads)))
+    return table(heads, rows, numeric=range(1, len(heads)), key=True)
 
 
 def _layer(at: int, layer: LayerSurvey, survey: Survey) -> str:
@@ -92,8 +92,8 @@ def _layer(at: int, layer: LayerSurvey, survey: Survey) -> str:
         _load(at, layer),
         _confidence(at, layer),
         _classes(at, layer, survey.classes),
-        _places(at, layer),
         _dropped(at, layer),
+        _places(at, layer),
     ]
     return (
         f"<h2>{escape(layer.name)}</h2>"
@@ -129,8 +129,7 @@ def _bars(key: str, title: str, words: str, values: np.ndarray, names: list[str]
     if line is not None:
         y = bottom - line / high * (bottom - top)
         body.append(f'<path class="mark" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
-    every = max(1, -(-count // 16))
-    for i in range(0, count, every):
+    for i in ticks(count, 14):
         body.append(f'<text class="x" x="{LEFT + (i + 0.5) * step:.1f}" y="{bottom + 15:g}">{escape(names[i])}</text>')
     body.append(f'<path class="axis" d="M{LEFT} {bottom:g}H{RIGHT}"/>')
     body.append(f'<text class="x" x="{(LEFT + RIGHT) / 2:g}" y="{bottom + 31:g}">{escape(axis)}</text>')
@@ -220,7 +219,7 @@ def _places(at: int, layer: LayerSurvey) -> str:
     words += f" The {rest} least used experts are left out." if rest else ""
     words += f" Places are pooled to {part.shape[0]} × {part.shape[1]}." if part.shape != layer.by_place.shape else ""
     caption = f"<h3>Places</h3><span>share of a place’s choices by expert</span>{scale(top, ' %')}"
-    wide = ' class="wide"' if len(busiest) > 16 else ""
+    wide = ' class="wide"' if len(busiest) > 8 or layer.dropped.any() else ""
     return (
         f'<figure{wide}><figcaption>{caption}</figcaption><div class="minis">{"".join(minis)}</div>'
         f"<p>{escape(words)}</p></figure>"
@@ -252,7 +251,7 @@ def _dropped(at: int, layer: LayerSurvey) -> str:
         row_axis="row",
         column_axis="column",
     )
-    return _figure("Dropped", "share of a place’s choices", draw(heat, tall=300), words, heat=heat)
+    return _figure("Dropped", "share of a place’s choices", draw(heat, tall=330, square=True), words, heat=heat)
 
 
 def _percent(share: float) -> str:
@@ -267,13 +266,12 @@ def _favourites(layer: LayerSurvey, classes: tuple[str, ...]) -> str:
         [
             str(expert),
             _percent(layer.load[expert]),
-            "; ".join(
-                f"{classes[label].split(',')[0]} {100 * share:.0f} %"
-                for label, share in top_classes(layer.by_class, expert, TOP_CLASSES, least)
-            ),
+            ", ".join(f"{classes[label].split(',')[0]} ({100 * share:.0f} %)" for label, share in best),
         ]
-        for expert in range(layer.experts)
+        for expert, best in enumerate(top_classes(layer.by_class, TOP_CLASSES, least))
     ]
     opened = " open" if layer.experts <= 16 else ""
-    made = table(["expert", "load", "classes that use it most, and the share of their choices"], rows, numeric=(0, 1))
+    made = table(
+        ["expert", "load", "classes that use it most, and the share of their choices"], rows, numeric=(1,), key=True
+    )
     return f'<details class="more"{opened}><summary>Classes by expert</summary>{made}</details>'

@@ -63,7 +63,7 @@ def test_colours_grow_darker_without_a_break():
 
 def test_names_and_ticks_fit_and_are_escaped():
     rows = ["<b>cat", *"abc"]
-    text = draw(heat(np.ones((4, 3)), rows=rows))
+    text = draw(heat(np.ones((4, 3)), rows=rows, named=True))
     assert "&lt;b&gt;cat" in text and "<b>" not in text and text.count('class="y"') == 4
     many = draw(heat(np.ones((128, 200))))
     assert many.count('class="y"') == 7 and many.count('class="x"') <= 11 + 2

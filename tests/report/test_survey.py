@@ -61,7 +61,7 @@ def test_bands_hold_every_class_once():
 
 def test_the_best_classes_of_an_expert_have_enough_tokens():
     counts = np.array([[9, 1], [1, 0], [50, 50], [0, 100]])
-    assert top_classes(counts, 0, 2, least=5) == [(0, 0.9), (2, 0.5)]
-    assert top_classes(counts, 0, 9, least=1)[0] == (1, 1.0)
+    assert top_classes(counts, 2, least=5)[0] == [(0, 0.9), (2, 0.5)]
+    assert top_classes(counts, 9, least=1)[0][0] == (1, 1.0) and len(top_classes(counts, 9, 1)) == 2
     names = ["cat, puss", "dog", "owl", "eel"]
     assert named(names, [0, 1, 2, 3]) == "cat, dog, owl and 1 more" and named(names, [0]) == "cat"
