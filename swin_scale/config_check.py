@@ -115,6 +115,11 @@ def _validate_moe(config: Config) -> None:
             f"moe.ep_size is {moe.ep_size}, and engine.zero_stage {stage} {why}; set engine.zero_stage=1 (or 2), or "
             "moe.ep_size=1"
         )
+    if moe.backend == "tutel" and stage == 3:
+        raise UserError(
+            "engine.zero_stage is 3, which builds models without memory, and moe.backend tutel cannot; set "
+            "engine.zero_stage=1 (or 2), or moe.backend=native"
+        )
     if moe.backend == "tutel" and moe.aux_scope == "global":
         raise UserError(
             "moe.aux_scope is global, but moe.backend tutel balances each rank by itself; set moe.aux_scope=rank, or "

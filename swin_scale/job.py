@@ -15,6 +15,7 @@ from swin_scale.data import EvalStream, TrainStream, open_shard_sets
 from swin_scale.errors import UserError
 from swin_scale.models import Variant, create_model, variant
 from swin_scale.moe.config import MoEConfig
+from swin_scale.moe.tutel import TutelMoEMlp
 
 MOE_FIELDS = {
     "experts" if field.name == "num_experts" else field.name: field.name
@@ -72,7 +73,12 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
     if default.moe is not None:
         overrides["moe"] = {name: getattr(config.moe, key) for key, name in MOE_FIELDS.items()}
     with torch.device("meta"):
-        create_model(config.model.name, moe_backend=config.moe.backend, **overrides)
+        create_model(config.model.name, **overrides)
+    if config.moe.backend == "tutel":
+        # Not on the meta device: Tutel reads a tensor as it builds. Any size tells whether it is there and can follow.
+        network = variant(config.model.name, **overrides)
+        assert network.moe is not None
+        TutelMoEMlp(network.moe, 2, 2)
     stream = TrainStream(
         sources,
         seed=config.run.seed,

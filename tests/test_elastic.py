@@ -193,9 +193,9 @@ def test_a_kill_between_micro_batches_changes_no_bit(digits, noisy, tmp_path):
     assert same_files(run_dir, noisy)
 
 
-def same_files(a, b, step=STEPS):
+def same_files(a, b):
     """The last checkpoints hold the same bytes, rank by rank."""
-    ours, theirs = (sorted(step_directory(r / "checkpoints", step).glob("rank*.safetensors")) for r in (a, b))
+    ours, theirs = (sorted(step_directory(r / "checkpoints", STEPS).glob("rank*.safetensors")) for r in (a, b))
     return len(ours) == len(theirs) > 0 and all(x.read_bytes() == y.read_bytes() for x, y in zip(ours, theirs))
 
 

@@ -65,7 +65,7 @@ def build_model(
         return build_from_weights(), None
     values: Values | None = None
     problem = None
-    if (weights is not None or foreign) and dist.is_main:
+    if weights is not None and dist.is_main:
         try:
             values = build_from_weights().named_parameters()
         except CheckpointError as error:

@@ -9,6 +9,7 @@ import torch
 from swin_scale.checkpoint import Checkpoint
 from swin_scale.config import batch_plan
 from swin_scale.job import MOE_FIELDS
+from swin_scale.moe.stats import collect
 from tests.engine.test_engine import allow_fp16_on_cpu, batch_of, local_state, make_config, save_step, train, weights
 from tests.engine.test_stages import hand_over
 from tests.spawn import spawn_dist
@@ -115,10 +116,10 @@ def figures_case(dist, config, options):
     engine, plan = make_engine(dist, config)
     micros, valid = batch_of(0, plan, dist, engine, **options)
     result = engine.train_step(0, micros, valid)
-    layers = {
-        name: (int(tally.sums[0]), tally.sums[5 : 5 + tally.num_experts].tolist())
-        for name, tally in result.routing.layers.items()
-    }
+    layers = {}
+    for name, tally in result.routing.layers.items():
+        sums = collect([tally])[0][0].tolist()
+        layers[name] = sums[0], sums[5 : 5 + tally.num_experts]
     return float(result.loss), float(result.aux_loss), layers
 
 
