@@ -92,32 +92,41 @@ def choose_method(x_SD: Tensor, fc1_EHD: Tensor) -> str:
 
 
 class _Loop(Function):
-    """Expert by expert, writing into slices of whole results: no graph per expert, nothing stacked or copied."""
+    """Expert by expert: no graph per expert, nothing stacked or copied.
+
+    Hidden rows are kept once, before the GELU, which backward takes again while they are in cache: to keep its result
+    costs more than to compute it, most of it for the pages of so large a tensor. They are kept by expert, in pieces
+    that the allocator has at hand, and everything else that is as wide lives for one expert only.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, counts: list[int], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, drop: float, keep: bool
     ) -> Tensor:
         y = torch.empty_like(x)
-        # Without backward, hidden rows live for one expert only.
-        before, after = x.new_empty(2, len(x) if keep else max(counts, default=0), w1.shape[1])
-        masks = []
+        scratch = x.new_empty(max(counts, default=0), w1.shape[1])
+        kept, masks = [], []
         for e, rows in _runs(counts):
-            own = rows if keep else slice(rows.stop - rows.start)
-            torch.addmm(b1[e], x[rows], w1[e].t(), out=before[own])
-            h = torch.ops.aten.gelu.out(before[own], out=after[own])
+            after = scratch[: counts[e]]
+            if keep:
+                kept.append(torch.addmm(b1[e], x[rows], w1[e].t()))
+                torch.ops.aten.gelu.out(kept[-1], out=after)
+            else:
+                torch.ops.aten.gelu_(torch.addmm(b1[e], x[rows], w1[e].t(), out=after))
             if drop:
-                masks.append(torch.empty_like(h).bernoulli_(1 - drop).div_(1 - drop))
-                h.mul_(masks[-1])
-            torch.addmm(b2[e], h, w2[e], out=y[rows])
-        ctx.counts = counts
-        ctx.save_for_backward(x, w1, w2, before, after, *masks)
+                masks.append(torch.empty_like(after, dtype=torch.bool).bernoulli_(1 - drop))
+                _drop(after, masks[-1], drop)
+            torch.addmm(b2[e], after, w2[e], out=y[rows])
+        ctx.counts, ctx.drop = counts, drop
+        ctx.save_for_backward(x, w1, w2, *kept, *masks)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, before, after, *masks = ctx.saved_tensors
+        x, w1, w2, *kept = ctx.saved_tensors
+        runs = list(_runs(ctx.counts))
+        kept, masks = kept[: len(runs)], kept[len(runs) :] or [None] * len(runs)
         needs_x, _, needs_w1, needs_b1, needs_w2, needs_b2, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = torch.empty_like(x) if needs_x else None
@@ -130,16 +139,20 @@ class _Loop(Function):
                 for whole in (grad_w1, grad_w2):
                     if whole is not None:
                         whole[e].zero_()
-        for (e, rows), mask in zip(_runs(ctx.counts), masks or [None] * len(ctx.counts)):
+        scratch, more = x.new_empty(2, max(ctx.counts, default=0), w1.shape[1])
+        for (e, rows), before, mask in zip(runs, kept, masks):
             grad_y = grad[rows]
             if grad_w2 is not None:
-                torch.mm(after[rows].t(), grad_y, out=grad_w2[e])
+                after = torch.ops.aten.gelu.out(before, out=scratch[: len(before)])
+                if mask is not None:
+                    _drop(after, mask, ctx.drop)
+                torch.mm(after.t(), grad_y, out=grad_w2[e])
             if grad_b2 is not None:
                 torch.sum(grad_y, 0, out=grad_b2[e])
-            grad_h = grad_y @ w2[e].t()
+            grad_h = torch.mm(grad_y, w2[e].t(), out=more[: len(before)])
             if mask is not None:
-                grad_h.mul_(mask)
-            grad_a = torch.ops.aten.gelu_backward(grad_h, before[rows])
+                _drop(grad_h, mask, ctx.drop)
+            grad_a = torch.ops.aten.gelu_backward.grad_input(grad_h, before, grad_input=scratch[: len(before)])
             if grad_w1 is not None:
                 torch.mm(grad_a.t(), x[rows], out=grad_w1[e])
             if grad_b1 is not None:
@@ -147,6 +160,11 @@ class _Loop(Function):
             if grad_x is not None:
                 torch.mm(grad_a, w1[e], out=grad_x[rows])
         return grad_x, None, grad_w1, grad_b1, grad_w2, grad_b2, None, None
+
+
+def _drop(x: Tensor, mask: Tensor, drop: float) -> None:
+    """Dropout in place: what `mask` keeps, scaled up."""
+    x.mul_(mask).div_(1 - drop)
 
 
 def _runs(counts: list[int]) -> Iterator[tuple[int, slice]]:
