@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -65,12 +66,12 @@ class Weights(AbstractContextManager["Weights"], ABC):
         """Rows [start, stop) of a tensor; sources that can do so read nothing else."""
         return self.read(name)[start:stop].clone()
 
-    def pieces(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        """The bytes of one tensor in order; a piece is valid until the next is asked for."""
-        tensor = self.read(name).contiguous()
-        if tensor.numel():
-            view = bytes_of(tensor)
+    def pieces(self, names: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """The bytes of `names` one behind the other; a piece is of one tensor, valid until the next is asked for."""
+        for name in names:
+            view = bytes_of(self.read(name).contiguous())
             yield from (view[start : start + chunk_bytes] for start in range(0, len(view), chunk_bytes))
+            del view  # before the next one is read
 
     def finish(self) -> None:
         """Check what reading in pieces could not; to be called before what was read is relied on."""
@@ -126,11 +127,14 @@ class Renamed(Weights):
             return self.inner.rows(step.sources[step.targets.index(name)], start, stop)
         return super().rows(name, start, stop)
 
-    def pieces(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        step = self._step[name]
-        if step.change is None:
-            return self.inner.pieces(step.sources[step.targets.index(name)], chunk_bytes)
-        return super().pieces(name, chunk_bytes)
+    def pieces(self, names: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        # Runs of unchanged tensors are asked for together: the source may read ahead.
+        for unchanged, run in groupby(names, lambda name: self._step[name].change is None):
+            if unchanged:
+                steps = [(self._step[name], name) for name in run]
+                yield from self.inner.pieces([s.sources[s.targets.index(name)] for s, name in steps], chunk_bytes)
+            else:
+                yield from super().pieces(list(run), chunk_bytes)
 
     def finish(self) -> None:
         self.inner.finish()

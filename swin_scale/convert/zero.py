@@ -9,8 +9,9 @@ through all its vectors (ZeRO, section 5; the model file names the parameters an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,14 +23,14 @@ from swin_scale.convert.weights import Source, Weights
 from swin_scale.convert.zero_files import Piece, Stored, Vector, ZeroFiles
 from swin_scale.errors import CheckpointError
 
-AHEAD_BYTES = 1 << 20
-"""Longest piece: two of them stay in a processor's cache between reading, checksum, digest and writing."""
+AHEAD = 2
+"""Pieces that are read ahead of the one that is being written."""
 
 
 class ZeroWeights(Weights):
     """The fp32 weights of a ZeRO checkpoint of any number of ranks.
 
-    Extra memory is one parameter, or two small buffers when read in pieces. Buffers and frozen parameters, which are
+    Extra memory is one parameter, or three small buffers when read in pieces. Buffers and frozen parameters, which are
     stored in the training precision, are given as fp32 too. Raises CheckpointError naming the file for missing ranks,
     files of another run, damage, and code in a pickle.
     """
@@ -63,29 +64,34 @@ class ZeroWeights(Weights):
             position += piece.size
         return out.to(self.tensors[name].dtype)
 
-    def pieces(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        stored, wanted = self._stored[name], self.tensors[name].dtype
-        if stored.loaded is not None:
-            yield from super().pieces(name, chunk_bytes)
-            return
-        step = max(8, min(chunk_bytes, AHEAD_BYTES, _bytes(stored) + 7) // 8 * 8)  # cuts no element of any dtype
-        jobs = [(piece, at, min(step, piece.size - at)) for piece in stored.pieces for at in range(0, piece.size, step)]
-        buffers = [torch.empty(step, dtype=torch.uint8) for _ in jobs[:2]]
+    def pieces(self, names: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        step = max(8, chunk_bytes // 8 * 8)  # cuts no element of any dtype
+        buffers = [torch.empty(step, dtype=torch.uint8) for _ in range(AHEAD + 1)]
+        coming: deque[Future[memoryview]] = deque()
+        # The next pieces are read, and their checksums followed, while the caller hashes and writes this one.
+        for index, (name, piece) in enumerate(self._cut(names, step)):
+            coming.append(self._reader.submit(self._fill, name, piece, buffers[index % len(buffers)]))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
-        def fill(index: int) -> memoryview:
-            piece, at, size = jobs[index]
-            part = buffers[index % 2][:size]
-            piece.stream.read_into(bytes_of(part), piece.start + at)
-            return bytes_of(part if wanted == stored.dtype else part.view(stored.dtype).to(wanted))
+    def _cut(self, names: Sequence[str], step: int) -> Iterator[tuple[str, Piece | None]]:
+        """Pieces of at most `step` bytes; None for all of a tensor that is in memory."""
+        for name in names:
+            if self._stored[name].loaded is not None:
+                yield name, None
+            for piece in self._stored[name].pieces:
+                for at in range(0, piece.size, step):
+                    yield name, Piece(piece.stream, piece.start + at, min(step, piece.size - at))
 
-        # The next piece is read, and its checksum followed, while the caller hashes and writes this one.
-        coming = self._reader.submit(fill, 0) if jobs else None
-        for index in range(len(jobs)):
-            assert coming is not None
-            view = coming.result()
-            if index + 1 < len(jobs):
-                coming = self._reader.submit(fill, index + 1)
-            yield view
+    def _fill(self, name: str, piece: Piece | None, buffer: Tensor) -> memoryview:
+        if piece is None:
+            return bytes_of(self.read(name).contiguous())
+        stored, wanted = self._stored[name].dtype, self.tensors[name].dtype
+        part = buffer[: piece.size]
+        piece.stream.read_into(bytes_of(part), piece.start)
+        return bytes_of(part if wanted == stored else part.view(stored).to(wanted))
 
     def finish(self) -> None:
         for stream in self._files.streams.values():

@@ -66,6 +66,19 @@ def test_strided_tensors_pass_through_a_small_staging_buffer(tmp_path, chunk_byt
     assert tensorfile.hash_file(tmp_path / "f", chunk_bytes=11) == (written.bytes, written.xxh3_128)
 
 
+def test_the_disk_begins_while_the_rest_is_written(tmp_path, monkeypatch):
+    """Everything but the last bytes is handed over before the final sync, each byte once and none ahead of its time."""
+    calls = []
+    monkeypatch.setattr(tensorfile, "FLUSH_BYTES", 1000)
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, length, _: calls.append((start, start + length, os.fstat(fd).st_size))
+    )
+    written = write_tensor_file(tmp_path / "f", [(str(i), torch.rand(100 + i)) for i in range(20)], chunk_bytes=256)
+    starts, ends, sizes = zip(*calls)
+    assert (0, *ends[:-1]) == starts and ends == sizes
+    assert 0 <= written.bytes - ends[-1] < 1000
+
+
 def test_unknown_dtype_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"w is torch\.complex64"):
         save_safetensors(tmp_path / "f", {"w": torch.zeros(2, dtype=torch.complex64)})

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ from deepspeed.utils.zero_to_fp32 import (
 )
 
 from swin_scale import create_model, load_weights
+from swin_scale.checkpoint.tensorfile import bytes_of
 from swin_scale.convert import convert, inspect_path, open_weights, read_state_dict
 from swin_scale.errors import CheckpointError, UserError
 from tests.convert import zero_worker
@@ -66,12 +68,20 @@ def test_master_weights_are_those_of_training_not_their_rounding(checkpoints):
     assert torch.equal(state["index"], torch.arange(6).reshape(2, 3)) and "fleeting" not in state
 
 
-def test_pieces_give_the_same_bytes_whatever_their_size(checkpoints):
+@pytest.mark.parametrize("size", [8, 24, 1 << 20])
+def test_pieces_give_the_same_bytes_whatever_their_size(checkpoints, size):
+    """Also when they are kept until the next is asked for, while more are being read."""
     with open_weights(checkpoints / "4" / "stage3") as weights:
-        for name in weights.tensors:
-            whole = weights.read(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            for size in (8, 24, 1 << 20):
-                assert b"".join(bytes(piece) for piece in weights.pieces(name, size)) == whole, name
+        wholes = {name: bytes(bytes_of(weights.read(name).contiguous())) for name in weights.tensors}
+        together = weights.pieces(list(wholes), size)
+        for name, whole in wholes.items():
+            assert b"".join(map(bytes, weights.pieces([name], size))) == whole, name
+            while whole:
+                piece = next(together)
+                time.sleep(0.001)
+                assert 0 < len(piece) <= size and whole.startswith(piece), name
+                whole = whole[len(piece) :]
+        assert list(together) == []
 
 
 def test_models_load_from_the_directory(checkpoints):
