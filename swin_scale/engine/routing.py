@@ -20,7 +20,6 @@ from torch.distributed import ProcessGroup
 
 from swin_scale.moe.stats import LayerTally, RoutingTally, collect, largest_variation
 
-
 PREFIX = "moe/"
 FIGURES = (
     "load_cv", "load_max", "rank_load_max", "dropped", "dropped_worst", "entropy", "dead", "confidence", "z",
@@ -144,7 +143,12 @@ class CollapseWatch:
         return Alarm(
             name="router_collapse" if bad else "router_recovered",
             layer=name,
-            fields={"load_cv": row["load_cv"], "load_cv_max": most, "dead": row["dead"], "experts": experts},
+            fields={
+                "load_cv": _rounded(row["load_cv"]),
+                "load_cv_max": _rounded(most),
+                "dead": row["dead"],
+                "experts": experts,
+            },
             problem=f"the router of {name} {'has collapsed' if bad else 'has recovered'}: {what}{advice}",
         )
 
