@@ -87,6 +87,23 @@ def test_the_report_and_tensorboard_show_it(run):
     assert picture.step == STEPS and (picture.width, picture.height) == (128, 128)
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_telemetry_takes_at_most_a_hundredth_of_the_time(digits, tmp_path, ranks):
+    """Its own clock, on rank 0: observing, adding up, the reduction (waiting for the other rank included), figures,
+    events, TensorBoard's pictures."""
+    settings = {"moe__ep_size": ranks, "train__max_steps": 200, "train__log_every": 10, "train__tensorboard": "true"}
+    result = runs.run(tmp_path / "run", digits[0], nproc=ranks, model__name=NAME, **settings)
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl").values()
+    assert len(rows) == 200
+    telemetry, total = sum(row.get("moe/telemetry_s", 0) for row in rows), sum(row["step_s"] for row in rows)
+    print(
+        f"routing telemetry on {ranks} ranks: {telemetry:.3f} s of {total:.1f} s in 200 steps, {telemetry / total:.2%}"
+    )
+    assert 0 < telemetry <= 0.01 * total
+
+
 def test_a_resumed_run_hides_what_it_did_again(run, tmp_path):
     """The last row and the last map of a step count."""
     run_dir, _ = run

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from swin_scale.report.history import ROUTING
+
 START = 1_790_000_000.0
 CONFIG = """\
 model:
@@ -75,3 +77,23 @@ def full(directory: Path, steps: int = 600) -> Path:
     for step in (500, 600):
         (directory / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     return directory
+
+
+def routed(directory: Path, steps: int = 200, every: int = 10, layers: int = 2) -> Path:
+    """A run with MoE layers: figures at the end of each log interval, maps at every second one, a collapse at 100."""
+    rows: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        figures = {}
+        for at in range(layers if step % every == 0 else 0):
+            for name in ROUTING:
+                figures[f"moe/layers.2.blocks.{2 * at + 1}/{name}"] = 0.1 + at + 0.05 * math.sin(step + at)
+        figures |= {"moe/a2a_share": 0.1, "moe/telemetry_s": 0.001} if figures else {}
+        rows.append(row(step, aux_loss=0.01, **figures))
+        if step % (2 * every) == 0:
+            load = [(1 + math.sin(step / 30 + e)) / 8 for e in range(8)]
+            maps = {"experts": 8, "load": load, "dropped": [[0.1 * i * j / 9 for j in range(4)] for i in range(4)]}
+            names = [f"layers.2.blocks.{2 * at + 1}" for at in range(layers)]
+            rows.append(event("routing", step, steps=[step - 2 * every + 1, step], layers=dict.fromkeys(names, maps)))
+        if step == 100:
+            rows.append(event("router_collapse", step, layer="layers.2.blocks.1", problem="it has collapsed"))
+    return write(directory, rows)
