@@ -94,7 +94,8 @@ def _peaks(name: str, dim: int, tokens: int, precision: str, device: torch.devic
     layer = LAYERS[name](sizes)
     layer.take(weights)
     layer.module.to(device, moe_peers.DTYPES[precision])
-    x = moe_peers.balanced_tokens(weights["gate"], tokens, generator).to(device, moe_peers.DTYPES[precision])
+    load_E = moe_peers.loads(tokens, EXPERTS, 0.0)
+    x = moe_peers.tokens_for(weights["gate"], load_E, generator).to(device, moe_peers.DTYPES[precision])
     upstream = torch.randn(x.shape, generator=generator).to(x)
     _once(layer, MODES[1], x[:WARM_TOKENS], upstream[:WARM_TOKENS])
     peaks = {}

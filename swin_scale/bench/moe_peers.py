@@ -91,20 +91,23 @@ def random_weights(sizes: Sizes, generator: torch.Generator) -> Weights:
     }
 
 
-def balanced_tokens(gate_ED: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
-    """Normal tokens (tokens, D) of which every expert gets the same number, in random order.
+def loads(tokens: int, experts: int, spread: float) -> list[int]:
+    """Tokens of each expert: evenly spaced from 1 - spread to 1 + spread times their mean, which is a whole number."""
+    mean = tokens // experts
+    low = [round(mean * (1 - spread * (1 - 2 * e / max(experts - 1, 1)))) for e in range(experts // 2)]
+    return low + [mean] * (experts % 2) + [2 * mean - load for load in reversed(low)]
 
-    That is what training asks of a gate, and the kindest case for codes that pad each expert to the fullest one or to
-    its capacity; nothing is dropped. `tokens` is a multiple of the number of experts.
-    """
-    E, D = gate_ED.shape
-    drawn, taken = 4 * tokens, torch.zeros(0)
-    while len(taken) < tokens:
+
+def tokens_for(gate_ED: Tensor, load_E: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Normal tokens (sum of loads, D), in random order, of which the gate sends each expert its load."""
+    (E, D), wanted_E = gate_ED.shape, torch.tensor(load_E)
+    drawn, taken = 4 * sum(load_E), torch.zeros(0)
+    while len(taken) < sum(load_E):
         x = torch.randn(drawn, D, generator=generator)
-        mask = F.one_hot((x @ gate_ED.t()).argmax(1), E)
-        place = ((mask.cumsum(0) - 1) * mask).sum(1)
-        taken, drawn = x[place < tokens // E], 2 * drawn
-    return taken
+        expert_T = (x @ gate_ED.t()).argmax(1)
+        place_T = F.one_hot(expert_T, E).cumsum(0).gather(1, expert_T[:, None]).squeeze(1)
+        taken, drawn = x[place_T <= wanted_E[expert_T]], 2 * drawn
+    return taken[torch.randperm(len(taken), generator=generator)]
 
 
 def reference(x_TD: Tensor, w: Weights) -> Tensor:
