@@ -19,12 +19,31 @@ _TIMM_NAME = re.compile(r"swin(?:v2)?_\w+?_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d
 
 
 def weight_file(directory: Path) -> Path | None:
-    """The weights of such a directory; None when it is none. Raises CheckpointError for weights in several files."""
+    """The one file with the weights of such a directory; None when it is none, or there are several (`index`)."""
+    if not (directory / CONFIG).is_file() or index_file(directory) is not None:
+        return None
+    return next((directory / name for name in _FILES if (directory / name).is_file()), None)
+
+
+def index_file(directory: Path) -> Path | None:
+    """What says which of several files has which tensor; None when there is none."""
     if not (directory / CONFIG).is_file():
         return None
-    if split := [name for name in _FILES if (directory / f"{name}.index.json").exists()]:
-        raise CheckpointError(f"{directory / split[0]}.index.json: the weights are in several files; save them as one")
-    return next((directory / name for name in _FILES if (directory / name).is_file()), None)
+    return next((path for name in _FILES if (path := directory / f"{name}.index.json").is_file()), None)
+
+
+def index(path: Path) -> dict[str, str]:
+    """Name of a tensor -> name of its file, which is one beside the index; raises CheckpointError."""
+    content = strictjson.loads(read_small(path), path)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{path} is damaged: it has no table weight_map of tensors and files")
+    for name in dict.fromkeys(names.values()):
+        if Path(name).name != name or name.startswith("."):
+            raise CheckpointError(f"{path} names {name!r}, which is no file beside it; refused")
+        if not (path.parent / name).is_file():
+            raise CheckpointError(f"{path.parent / name} is missing: {path.name} names it; add it")
+    return names
 
 
 def describe(directory: Path, source: Source) -> Source:

@@ -50,7 +50,7 @@ def inspect_path(path: str | Path, *, verify: bool = False) -> str:
         return "\n".join(_checkpoint(path, verify))
     if rank_files.present(path):
         return "\n".join(_weights(path))
-    if (directory := zero_files.find(path)) is not None or hub.weight_file(path) is not None:
+    if (directory := zero_files.find(path)) is not None or (hub.weight_file(path) or hub.index_file(path)):
         return "\n".join(_weights(directory or path))
     raise UserError(f"{path} is not a run, a checkpoint, a shard set or a weight file")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from swin_scale.convert import hub, rank_files, zero_files
 from swin_scale.convert.ranks import RankWeights
 from swin_scale.convert.torch_weights import TorchWeights
 from swin_scale.convert.torchfile import is_torch_file
-from swin_scale.convert.weights import Source, Weights
+from swin_scale.convert.weights import Several, Source, Weights
 from swin_scale.convert.zero import ZeroWeights
 from swin_scale.errors import CheckpointError
 
@@ -35,10 +37,10 @@ def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
     Args:
         path: a run directory or its ``checkpoints`` (the newest good step is taken), a step directory, a directory
             written by DeepSpeed's ``save_checkpoint`` (ZeRO 1 to 3, any number of ranks) or by Hugging Face or timm
-            (``config.json`` beside the weights), or a file written by safetensors or ``torch.save`` with the weights
-            at the top, or under ``model``, ``state_dict`` or ``module``. The ``.rank0``, ``.rank1``, ... and
-            ``.master`` files of an official Swin-MoE are given as their directory, as the published zip, as one of
-            them, or as what their names begin with.
+            (``config.json`` beside the weights, which may be several files with an index), or a file written by
+            safetensors or ``torch.save`` with the weights at the top, or under ``model``, ``state_dict`` or
+            ``module``. The ``.rank0``, ``.rank1``, ... and ``.master`` files of an official Swin-MoE are given as
+            their directory, as the published zip, as one of them, or as what their names begin with.
         kind: ``master``, or ``ema`` where a checkpoint or one of our files holds it, or a ``.pth`` has it under
             ``model_ema``, ``state_dict_ema`` or ``ema``.
 
@@ -50,11 +52,32 @@ def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
             return _open_directory(path, kind)
         if rank_files.present(path):
             return RankWeights(path, kind)
-        if is_torch_file(path):
-            return TorchWeights(path, kind)
+        return _open_file(path, kind)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return SafetensorsWeights(path, kind)
+
+
+def _open_file(path: Path, kind: str) -> Weights:
+    return TorchWeights(path, kind) if is_torch_file(path) else SafetensorsWeights(path, kind)
+
+
+def _open_index(path: Path, kind: str) -> Weights:
+    """Weights in several files; every tensor is where the index says, and no file has more."""
+    home = hub.index(path)
+    with ExitStack() as stack:
+        files: dict[str, Weights] = {}
+        for name in dict.fromkeys(home.values()):
+            files[name] = _open_file(path.parent / name, kind)
+            stack.callback(files[name].close)
+            stated = {key for key, file in home.items() if file == name}
+            if odd := sorted(stated ^ files[name].tensors.keys()):
+                raise CheckpointError(
+                    f"{path.parent / name} and {path.name} do not agree on {odd[0]}; fetch them again"
+                )
+        stack.pop_all()
+        first = next(iter(files.values())).source
+        note = f"{len(files)} files, as {path.name} names them"
+        return Several(files, home, dataclasses.replace(first, path=path.parent, notes=(*first.notes, note)))
 
 
 def read_state_dict(path: str | Path, *, kind: str = "master") -> tuple[dict[str, Tensor], Source]:
@@ -71,9 +94,13 @@ def _open_directory(path: Path, kind: str) -> Weights:
     if checkpoint is not None:
         return CheckpointWeights(checkpoint, kind)
     steps = list_steps(root)
-    if not steps and (file := hub.weight_file(path)) is not None:
-        weights = TorchWeights(file, kind) if is_torch_file(file) else SafetensorsWeights(file, kind)
-        weights.source = hub.describe(path, weights.source)
+    if not steps and (file := hub.weight_file(path) or hub.index_file(path)) is not None:
+        weights = _open_index(file, kind) if file.name.endswith(".json") else _open_file(file, kind)
+        try:
+            weights.source = hub.describe(path, weights.source)
+        except CheckpointError:
+            weights.close()
+            raise
         return weights
     if not steps and (directory := zero_files.find(path)) is not None:
         _refuse_ema(directory, kind)

@@ -140,6 +140,28 @@ class Renamed(Weights):
         self.inner.finish()
 
 
+class Several(Weights):
+    """The tensors of several files: `home` says which of `files` has a tensor. They are closed with this."""
+
+    def __init__(self, files: Mapping[str, Weights], home: Mapping[str, str], source: Source) -> None:
+        self.files, self.home, self.source = files, home, source
+        self.tensors = {name: files[file].tensors[name] for name, file in home.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.files[self.home[name]].read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.files[self.home[name]].rows(name, start, stop)
+
+    def finish(self) -> None:
+        for file in self.files.values():
+            file.finish()
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
 class Loaded(Weights):
     """Tensors that are in memory already."""
 

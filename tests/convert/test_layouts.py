@@ -1,6 +1,7 @@
 """timm, Hugging Face, torchvision and mmpretrain: what they load, what comes back, and what they cannot say."""
 
 import json
+import re
 
 import pytest
 import safetensors.torch
@@ -262,7 +263,7 @@ def test_every_key_is_in_the_receipt(made, tmp_path):
 
 
 def test_hugging_face_directories_are_read_as_they_come(made, tmp_path):
-    """A masked-image model, names inside transformers 5, an incomplete one, and several files."""
+    """A masked-image model, names inside transformers 5, and an incomplete one."""
     from transformers import SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling
 
     sizes = {"image_size": 64, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
@@ -280,10 +281,33 @@ def test_hugging_face_directories_are_read_as_they_come(made, tmp_path):
     torch.save(state, tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match=r"query\.bias|q_proj\.bias"):
         load_weights(fresh, tmp_path / "part.pth")
-    (tmp_path / "simmim" / "model.safetensors").rename(tmp_path / "simmim" / "model-00001-of-00002.safetensors")
-    (tmp_path / "simmim" / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="in several files"):
-        model_from_weights(tmp_path / "simmim")
+
+
+def test_hugging_face_weights_in_several_files(tmp_path):
+    from transformers import SwinConfig, SwinForImageClassification
+
+    sizes = {"image_size": 64, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+    model = SwinForImageClassification(SwinConfig(num_labels=3, **sizes)).eval()
+    model.save_pretrained(tmp_path / "hf", max_shard_size="200KB")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    ours, _ = model_from_weights(tmp_path / "hf")
+    agree(ours, lambda x: model(x).logits)
+    report = convert(tmp_path / "hf", tmp_path / "w.safetensors", to="safetensors")
+    assert re.search(r"[2-9] files, as model.safetensors.index.json names them", str(report))
+    assert "3 classes" in inspect_path(tmp_path / "hf") or "num_classes=3" in inspect_path(tmp_path / "hf")
+    good = json.loads(index.read_text())
+    name, file = next(iter(good["weight_map"].items()))
+    other = next(other for other in good["weight_map"].values() if other != file)
+    for change, message in (
+        ({name: "../w.safetensors"}, "names '../w.safetensors', which is no file beside it"),
+        ({name: "model-00009-of-00009.safetensors"}, r"model-00009-of-00009.safetensors is missing"),
+        ({name: other}, "do not agree on"),
+        ({"another": file}, "do not agree on another"),
+        ({name: 3}, "has no table weight_map"),
+    ):
+        index.write_text(json.dumps({**good, "weight_map": {**good["weight_map"], **change}}))
+        with pytest.raises(CheckpointError, match=message):
+            model_from_weights(tmp_path / "hf")
 
 
 def test_windows_that_nothing_tells_are_asked_for(tmp_path):
