@@ -150,7 +150,13 @@ TUTEL = {"moe__backend": "tutel", "moe__aux_scope": "rank", "model__name": NAME,
 
 @pytest.mark.skipif(importlib.util.find_spec("tutel") is None, reason="Tutel is not installed")
 @pytest.mark.parametrize("ep", [1, 2])
-def test_a_run_on_tutel_resumes_on_the_native_backend(digits, tmp_path, ep):
-    run(tmp_path / "run", digits, **TUTEL, moe__ep_size=ep)
-    run(tmp_path / "run", digits, **{**TUTEL, "moe__backend": "native", "train__max_steps": 6}, moe__ep_size=ep)
-    assert list(read_metrics(tmp_path / "run" / "metrics.jsonl")) == list(range(1, 7))
+def test_a_run_on_tutel_is_that_of_the_native_backend_and_resumes_on_it(digits, tmp_path, ep):
+    """Noise, capacity and priorities as published: the same start, the same routing, the same three steps."""
+    for backend in ("tutel", "native"):
+        run(tmp_path / backend, digits, **{**TUTEL, "moe__backend": backend}, moe__ep_size=ep)
+    ours, theirs = (runs.trajectory(tmp_path / backend) for backend in ("native", "tutel"))
+    for (_, loss, norm, _), (_, other, other_norm, _) in zip(ours, theirs, strict=True):
+        assert loss == pytest.approx(other, abs=1e-5)
+        assert norm == pytest.approx(other_norm, rel=1e-4)
+    run(tmp_path / "tutel", digits, **{**TUTEL, "moe__backend": "native", "train__max_steps": 6}, moe__ep_size=ep)
+    assert list(read_metrics(tmp_path / "tutel" / "metrics.jsonl")) == list(range(1, 7))

@@ -80,6 +80,26 @@ def test_layer_decay_of_a_base_model():
     assert [int(layer) for layer, _ in keys] == [layer for layer in range(26) for _ in range(2)]
 
 
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
+def test_spread_experts_are_groups_of_their_own(layer_decay):
+    """Each with its layer's rate and decay; gates and everything else stay where they are."""
+    optim = Optim(lr=1.0, weight_decay=0.1, layer_decay=layer_decay)
+    with torch.device("meta"):
+        model = create_model("swin_moe_nano_patch4_window4_32")
+    experts = [parameter for name, parameter in model.named_parameters() if "._moe_layer.experts." in name]
+    together, apart = param_groups(model, optim), param_groups(model, optim, experts)
+
+    def options(groups):
+        return {n: (g["weight_decay"], g["lr_scale"]) for g in groups for n in g["names"]}
+
+    assert options(apart) == options(together)
+    for group in apart:
+        kinds = {"._moe_layer.experts." in name for name in group["names"]}
+        assert kinds == {group["name"].endswith("_experts")}
+    order = [name.removesuffix("_experts") for name in (group["name"] for group in apart)]
+    assert list(dict.fromkeys(order)) == [group["name"] for group in together]
+
+
 def test_layer_ids_of_the_rest():
     depths = (2, 2, 18, 2)
     assert layer_id("encoder.mask_token", depths) == layer_id("patch_embed.norm.bias", depths) == 0
