@@ -49,28 +49,25 @@ class RankWeights(Weights):
     """
 
     def __init__(self, path: Path, kind: str) -> None:
-        self._stack = ExitStack()
-        try:
-            found = find(path, self._stack)
+        with ExitStack() as stack:
+            found = find(path, stack)
             if found is None:
                 raise CheckpointError(f"{path}: there are no .rank files")
             self._set = found
             named = {f"rank{rank}": file for rank, file in enumerate(found.ranks)}
             if found.master is not None:
                 named["master"] = found.master
-            self._files = {label: self._open(file, kind) for label, file in named.items()}
+            self._files = {label: self._open(file, kind, stack) for label, file in named.items()}
             self.bytes = sum(file.stat().st_size for file in named.values())
             self._put_together()
-        except (CheckpointError, OSError):
-            self._stack.close()
-            raise
+            self._stack = stack.pop_all()
 
-    def _open(self, file: Path, kind: str) -> TorchWeights:
+    def _open(self, file: Path, kind: str, stack: ExitStack) -> TorchWeights:
         try:
             weights = TorchWeights(file, kind)
         except CheckpointError as error:
             raise self._named(error, file) from error
-        self._stack.callback(weights.close)
+        stack.callback(weights.close)
         return weights
 
     def _named(self, error: CheckpointError, file: Path) -> CheckpointError:

@@ -1,19 +1,25 @@
 """Official Swin-MoE files: read from every way they are split, and refused where they do not add up."""
 
+import importlib.util
+import random
 import shutil
 import stat
+import tempfile
 import zipfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from swin_scale import load_weights
+from swin_scale import create_model, load_weights
 from swin_scale.convert import convert, inspect_path, model_from_weights, open_weights, read_state_dict
 from swin_scale.convert.torch_weights import TorchWeights
 from swin_scale.errors import CheckpointError
 from tests.convert.moe_files import MOE, moe_model, rank_part, rank_states, write_ranks
 from tests.convert.official import with_official_buffers
+from tests.spawn import spawn
 
 FC1 = "layers.0.blocks.1.mlp._moe_layer.experts.batched_fc1_w"
 COUNT = FC1.replace("experts.batched_fc1_w", "_num_global_experts")
@@ -176,6 +182,33 @@ def _layer(*arguments, ep_group):
     return MoEMlp(*arguments, ep_group=ep_group)
 
 
+def logits_of_a_rank(path, backend):
+    """What one of two real processes computes, with its half of the experts filled from `path`."""
+    dist.init_process_group("gloo")
+    model = create_model(MOE, moe={"num_experts": 4}, ep_group=dist.group.WORLD, moe_backend=backend)
+    load_weights(model, path)
+    with torch.no_grad():
+        logits = model.eval()(images())[0].numpy()
+    dist.destroy_process_group()
+    return logits
+
+
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("backend", ["native", "tutel"])
+def test_two_processes_fill_their_halves(tmp_path, backend):
+    if backend == "tutel" and importlib.util.find_spec("tutel") is None:
+        pytest.skip("Tutel is not installed")
+    model = moe_model(4)
+    path = zip_of(write_ranks(tmp_path / "files", official_state(model), 8), tmp_path / "moe.zip")
+    with torch.no_grad():
+        expected = model.eval()(images())[0].numpy()
+    for logits in spawn(2, logits_of_a_rank, path, backend):
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
 def test_another_number_of_experts_is_refused(tmp_path):
     files = write_ranks(tmp_path / "files", official_state(moe_model(4)), 4)
     with pytest.raises(CheckpointError, match=r"the model has 8 experts there; set moe.experts"):
@@ -331,6 +364,32 @@ def test_a_damaged_zip_names_itself(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"moe\.zip is damaged: .*fetch it again"):
         open_weights(path)
+
+
+@pytest.mark.proof
+def test_no_flipped_bytes_crash_or_stay_unseen(tmp_path, monkeypatch):
+    """A zip with 1 to 8 bytes changed anywhere is refused, or gives the same weights."""
+    model = moe_model(2)
+    good = zip_of(write_ranks(tmp_path / "files", official_state(model), 2), tmp_path / "moe.zip").read_bytes()
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(unpacked))
+    drawn, refused = random.Random(1), 0
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(drawn.randint(1, 8)):
+            # Half of them in the zip's own tables, at its end.
+            at = drawn.randrange(len(data)) if drawn.random() < 0.5 else -drawn.randrange(1, 400)
+            data[at] ^= drawn.randint(1, 255)
+        (tmp_path / "moe.zip").write_bytes(data)
+        try:
+            network, _ = model_from_weights(tmp_path / "moe.zip")
+        except CheckpointError:
+            refused += 1
+        else:
+            assert_same(network.state_dict(), model.state_dict())
+    assert refused > 100
+    assert not list(unpacked.iterdir())
 
 
 def test_code_in_a_member_does_not_run(tmp_path):
