@@ -207,21 +207,23 @@ class Block(nn.Module):
         """x: (B, H, W, C). Returns the same shape, and the auxiliary loss and the routing of an MoE block, or Nones."""
         # Outside of what is recomputed: backward then does not run the position-bias MLP a second time.
         bias = self.attn.position_bias()
+        mode = self.activation_checkpointing
         if not self.is_moe:
-            return recompute(self.activation_checkpointing, self._forward, x, bias), None, None
-        forward = partial(self._forward_moe, SameRouting())
+            return recompute(mode, self._forward, x, bias), None, None
+        forward = partial(self._forward_moe, None if mode == "off" else SameRouting())
         # To the end, as the routing is compared after the last tensor that backward needs.
-        return recompute(self.activation_checkpointing, forward, x, bias, early_stop=False)
+        return recompute(mode, forward, x, bias, early_stop=False)
 
     def _forward(self, x: Tensor, bias: Tensor) -> Tensor:
         x = self._attend(x, bias)
         x = self._add(x, self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x)))
         return x if self.enorm is None else self.enorm(x)
 
-    def _forward_moe(self, same: SameRouting, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
+    def _forward_moe(self, same: SameRouting | None, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
         x = self._attend(x, bias)
         y, aux, stats = self.mlp(x, norm=self.norm2) if self.post_norm else self.mlp(self.norm2(x))
-        same.check(stats.expert_TK)
+        if same is not None:
+            same.check(stats.expert_TK)
         x = self._add(x, y)
         return (x if self.enorm is None else self.enorm(x)), aux, stats
 

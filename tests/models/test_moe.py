@@ -345,7 +345,7 @@ def randomised_shards(model):
     return model
 
 
-@pytest.mark.parametrize(("name", "mode"), [(V1, "block"), (V2, "off")])
+@pytest.mark.parametrize(("name", "mode"), [(V1, "block"), (V2, "selective")])
 def test_two_ranks_that_share_experts_equal_one(name, mode):
     model = randomised_shards(create_model(name, **PARALLEL))
     logits, _, stats = model(pixels(4), stats=True)
