@@ -251,7 +251,8 @@ class RoutingLog:
         ]
         parts.append(torch.tensor(waited, dtype=torch.float64, device=parts[0].device))
         vector = torch.cat(parts)
-        torch.distributed.all_reduce(vector, group=self._group)
+        if self._world > 1:
+            torch.distributed.all_reduce(vector, group=self._group)
         return vector
 
     def _layers(self, numbers: np.ndarray, steps: list[RoutingTally]) -> dict[str, LayerSums]:

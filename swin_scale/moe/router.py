@@ -154,15 +154,15 @@ class Router(nn.Module):
         limit = capacity(len(x_TD), c.num_experts, c.top_k, factor)
         priority_T = score_TE.detach().amax(1) if c.batch_prioritized and limit is not None else None
         routing = plan(expert_TK, gate_TK, c.num_experts, limit, priority_T)
-        routed_E = routing.count_E if limit is None else torch.bincount(expert_TK.flatten(), minlength=c.num_experts)
 
         z_T = logit_TE.logsumexp(1)
+        importance_E = prob_TE.sum(0)
         sums = [z_T.square().sum()[None], z_T.new_full((1,), len(z_T))]
         if c.balance == "gshard":
             first_E = torch.bincount(expert_TK[:, 0], minlength=c.num_experts).to(score_TE.dtype)
             sums += [score_TE.sum(0), first_E]
         else:
-            sums.append(prob_TE.sum(0))
+            sums.append(importance_E)
             if std:
                 sums.append(load(prob_TE, noisy_TE.gather(1, expert_TK[:, -1:]).squeeze(1), std))
         vector = torch.cat(sums)
@@ -174,5 +174,16 @@ class Router(nn.Module):
             gshard(rest[0], rest[1], tokens) if c.balance == "gshard" else torch.stack([*map(variation, rest)]).mean()
         )
         aux = c.aux_weight * balance + c.z_weight * z[0] / tokens
-        stats = observe(logit_TE, prob_TE, z_T, balance, expert_TK, routing.slot_TK >= 0, routed_E, routing.count_E)
+        stats = observe(
+            logit_TE,
+            prob_TE,
+            z_T,
+            z=sums[0][0],
+            importance_E=importance_E,
+            balance=balance,
+            expert_TK=expert_TK,
+            slot_TK=routing.slot_TK,
+            kept_E=routing.count_E,
+            limited=limit is not None,
+        )
         return routing, aux, stats

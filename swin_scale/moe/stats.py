@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -69,31 +69,40 @@ class RoutingStats:
         return (~self.kept_TK).view(*self.shape, -1).sum((0, -1))
 
 
+@torch.no_grad()
 def observe(
     logit_TE: Tensor,
     prob_TE: Tensor,
     z_T: Tensor,
+    *,
+    z: Tensor,
+    importance_E: Tensor,
     balance: Tensor,
     expert_TK: Tensor,
-    kept_TK: Tensor,
-    routed_E: Tensor,
+    slot_TK: Tensor,
     kept_E: Tensor,
+    limited: bool,
 ) -> RoutingStats:
-    """Statistics of one pass, from the noiseless logits, their softmax and their log-partition `z_T`."""
+    """Statistics of one pass, from the noiseless logits, their softmax, its sum over tokens `importance_E`, their
+    log-partition `z_T` and its sum of squares `z`; `limited`: whether choices may have been dropped."""
     start = time.perf_counter()
-    with torch.no_grad():
-        stats = RoutingStats(
-            routed_E=routed_E,
-            kept_E=kept_E,
-            importance_E=prob_TE.sum(0),
-            confidence_T=prob_TE.amax(1),
-            entropy=z_T.sum() - torch.vdot(prob_TE.flatten(), logit_TE.flatten()),
-            z=torch.vdot(z_T, z_T),
-            balance_loss=balance.detach(),
-            expert_TK=expert_TK,
-            kept_TK=kept_TK,
-        )
-    return replace(stats, seconds=time.perf_counter() - start)
+    # As z - sum(p * logit) for each token, added up without a tensor of their products.
+    entropy = z_T.sum() - torch.vdot(prob_TE.flatten(), logit_TE.flatten())
+    confidence_T = prob_TE.amax(1)
+    kept_TK = slot_TK >= 0
+    routed_E = torch.bincount(expert_TK.flatten(), minlength=len(kept_E)) if limited else kept_E
+    return RoutingStats(
+        routed_E=routed_E,
+        kept_E=kept_E,
+        importance_E=importance_E.detach(),
+        confidence_T=confidence_T,
+        entropy=entropy,
+        z=z.detach(),
+        balance_loss=balance.detach(),
+        expert_TK=expert_TK,
+        kept_TK=kept_TK,
+        seconds=time.perf_counter() - start,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +116,7 @@ class LayerTally:
     """(H, W) of the images' tokens; empty where the layer saw no images."""
     tokens: list[int] = field(default_factory=list)
     scalars: list[Tensor] = field(default_factory=list)
-    """Four a pass, 0-d: sums over its tokens of confidence, entropy, z, balance loss."""
+    """Four a pass, 0-d: sums over its tokens of confidence, entropy, z; balance loss."""
     loads: list[Tensor] = field(default_factory=list)
     """Two a pass, (E,): choices routed, choices kept."""
     importance: list[Tensor] = field(default_factory=list)
@@ -128,7 +137,7 @@ class LayerTally:
     def add(self, stats: RoutingStats) -> None:
         """Take up one pass."""
         self.tokens.append(stats.tokens)
-        self.scalars.extend((stats.confidence, stats.entropy, stats.z, stats.balance_loss * stats.tokens))
+        self.scalars.extend((stats.confidence, stats.entropy, stats.z, stats.balance_loss))
         self.loads.extend((stats.routed_E, stats.kept_E))
         self.importance.append(stats.importance_E)
         if self.grid and stats.kept_E is not stats.routed_E:
@@ -140,20 +149,21 @@ class LayerTally:
 def collect(tallies: Sequence[LayerTally]) -> tuple[Tensor, Tensor]:
     """The sums of one layer over S steps, float64 on its device; they may be added over ranks too.
 
-    Returns (S, 5 + 2E): tokens; sums of confidence, entropy, z, balance loss; choices routed; choices kept. And, over
-    all steps, (E + H * W,): importance; dropped choices by position. Steps must have equally many passes.
+    Returns (S, 5 + 2E): tokens; sums over them of confidence, entropy, z, balance loss; choices routed; choices kept.
+    And, over all steps, (E + H * W,): importance; dropped choices by position. Steps must have equally many passes.
     """
     first, S = tallies[0], len(tallies)
     device = first.loads[0].device
-    tokens = torch.tensor([sum(tally.tokens) for tally in tallies], dtype=torch.float64, device=device)
-    scalars = torch.stack([value for tally in tallies for value in tally.scalars]).double().view(S, -1, 4).sum(1)
+    tokens = torch.tensor([tally.tokens for tally in tallies], dtype=torch.float64, device=device)
+    scalars = torch.stack([value for tally in tallies for value in tally.scalars]).double().view(S, -1, 4)
+    scalars[..., 3] *= tokens
     loads = torch.stack([value for tally in tallies for value in tally.loads]).view(S, -1, 2 * first.num_experts).sum(1)
     maps = [torch.stack([value for tally in tallies for value in tally.importance]).double().sum(0)]
     if first.grid:
         dropped = [value for tally in tallies for value in tally.dropped]
         nothing = torch.zeros(math.prod(first.grid), dtype=torch.int64, device=device)
         maps.append(torch.stack(dropped or [nothing]).sum(0).double())
-    return torch.cat([tokens[:, None], scalars, loads.double()], 1), torch.cat(maps)
+    return torch.cat([tokens.sum(1, keepdim=True), scalars.sum(1), loads.double()], 1), torch.cat(maps)
 
 
 @dataclass
