@@ -51,9 +51,20 @@ class Report:
         return self._through(lambda line: _from(line, step_of.get(line.source or "")), dropped)
 
     def after(self, steps: Iterable[Step]) -> Report:
-        """The report of what this one reports, followed by `steps`."""
+        """The report of what this one reports, followed by `steps`.
+
+        Where several keys were joined to one that is now split, each goes to the targets at its place in their order:
+        parts of 32 ranks cut for 64 are 64 lines, not 2,048.
+        """
         step_of = {source: step for step in steps for source in step.sources}
-        return self._through(lambda line: _to(line, step_of.get(line.target or "")), ())
+        total, seen = Counter(line.target for line in (*self.copied, *self.converted, *self.created)), Counter[str]()
+
+        def change(line: Line) -> tuple[list[Line], bool]:
+            name = line.target or ""
+            seen[name] += 1
+            return _to(line, step_of.get(name), seen[name] - 1, total[line.target])
+
+        return self._through(change, ())
 
     def _through(self, change: Callable[[Line], tuple[list[Line], bool]], dropped: Iterable[Line]) -> Report:
         lists: dict[str, dict[Line, None]] = {name: {} for name in ("copied", "converted", "dropped", "created")}
@@ -94,12 +105,13 @@ def _from(line: Line, step: Step | None) -> tuple[list[Line], bool]:
     return [Line(source, line.target, reason) for source in step.sources], step.change is not None
 
 
-def _to(line: Line, step: Step | None) -> tuple[list[Line], bool]:
-    """`line` with the targets of `step` in place of its target, and whether values change."""
+def _to(line: Line, step: Step | None, place: int, total: int) -> tuple[list[Line], bool]:
+    """`line`, one of `total` with its target, with the targets of `step` at its place; and whether values change."""
     if step is None:
         return [line], False
-    reason = _joined(line.reason, step.reason)
-    return [Line(line.source, target, reason) for target in step.targets], step.change is not None
+    reason, count = _joined(line.reason, step.reason), max(total, len(step.targets))
+    targets = [step.targets[i * len(step.targets) // count] for i in range(count) if i * total // count == place]
+    return [Line(line.source, target, reason) for target in targets], step.change is not None
 
 
 def _joined(*reasons: str) -> str:
@@ -108,11 +120,12 @@ def _joined(*reasons: str) -> str:
 
 def _grouped(lines: Sequence[Line], most: int = 3) -> list[str]:
     """One row per reason, with the first few keys: 48 position tables resized alike are one fact, not 48."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, None]] = {}
     for line in lines:
-        groups.setdefault(line.reason, []).append(line.target or line.source or "")
+        groups.setdefault(line.reason, {})[line.target or line.source or ""] = None
     rows = []
-    for reason, keys in groups.items():
+    for reason, names in groups.items():
+        keys = list(names)
         more = f" and {len(keys) - most} more" if len(keys) > most else ""
         rows.append(f"{', '.join(keys[:most])}{more}: {reason}" if reason else f"{', '.join(keys[:most])}{more}")
     return rows

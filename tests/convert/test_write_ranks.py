@@ -107,6 +107,9 @@ def test_published_form_comes_back_after_other_ranks(tmp_path):
     model = moe_model(4)
     run = checkpoint_of(tmp_path / "run", model, 2, overrides={"moe": {"num_experts": 4}})
     convert(run, tmp_path / "a.zip", to="tutel-ep16")
+    report = convert(tmp_path / "a.zip", tmp_path / "direct", to="tutel-ep8")
+    experts = [(line.source, line.target) for line in report.converted if (line.source or "").endswith(FC1)]
+    assert experts == [(f"rank{rank}/{FC1}", f"rank{rank // 2}/{FC1}") for rank in range(16)]
     convert(tmp_path / "a.zip", tmp_path / "b.safetensors", to="safetensors")
     convert(tmp_path / "b.safetensors", tmp_path / "c", to="tutel-ep2")
     convert(tmp_path / "c", tmp_path / "d.zip", to="official")
