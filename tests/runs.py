@@ -15,10 +15,10 @@ from pathlib import Path
 
 from swin_scale.checkpoint import list_steps
 from swin_scale.log import read_events, read_metrics
+from tests import warm
 from tests.spawn import free_port, torchrun_environment
 
 SLOW_DISK = Path(__file__).parent / "slow_disk"
-INJECTED = Path(__file__).parent / "injected"
 NANO = {
     "augment.auto_augment": "none",
     "augment.mixup": 0.0,
@@ -57,17 +57,22 @@ def command(
 def environment(fault: str = "") -> dict[str, str]:
     """This process's, less what an engine built in it has left there for DeepSpeed; `fault`: see tests/injected."""
     kept = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
-    injected = {"FAULT": fault, "PYTHONPATH": str(INJECTED)} if fault else {}
+    injected = {"FAULT": fault, "PYTHONPATH": str(warm.INJECTED)} if fault else {}
     return {**kept, "OMP_NUM_THREADS": "1", **injected}
 
 
 def run(
-    run_dir: Path, train: Path, *, timeout: float = 240, fault: str = "", **options: object
-) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
-    return subprocess.run(
-        command(run_dir, train, **options), env=environment(fault), capture_output=True, text=True, timeout=timeout
-    )
+    run_dir: Path, train: Path, *, nproc: int = 2, timeout: float = 240, fault: str = "", cold: bool = False,
+    program: str = warm.CLI, **options: object,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run to the end, in forked processes (see `warm`), or `cold`: through the launcher, as a user does."""
+    if cold:
+        argv = command(run_dir, train, nproc=nproc, **options)
+        return subprocess.run(argv, env=environment(fault), capture_output=True, text=True, timeout=timeout)
+    _, _, _, *arguments = command(run_dir, train, nproc=1, **options)
+    port, env = free_port(), {**environment(fault), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [{**env, **torchrun_environment(rank, nproc, port)} for rank in range(nproc)] if nproc > 1 else [env]
+    return warm.run(arguments, ranks, program=program, timeout=timeout)
 
 
 def start(run_dir: Path, train: Path, *, fault: str = "", **options: object) -> subprocess.Popen[str]:

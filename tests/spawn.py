@@ -15,8 +15,12 @@ from collections.abc import Callable, Collection, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "deepspeed"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch._dynamo", "deepspeed", "swin_scale.evaluate", "swin_scale.engine.construct",
+     "swin_scale.engine.record", "swin_scale.engine.saving", "swin_scale.report", "tests.engine.test_engine"]
+)  # fmt: skip
+"""Not `swin_scale.train`: tests inject their faults when it is imported."""
 
 
 def free_port() -> int:
@@ -61,9 +65,9 @@ def spawn(
     port = free_port()
     processes, pipes = [], []
     for rank in range(world):
-        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        receiver, sender = CONTEXT.Pipe(duplex=False)
         environment = {**torchrun_environment(rank, world, port), **(env or {})}
-        process = _CONTEXT.Process(
+        process = CONTEXT.Process(
             target=_run, args=(sender, environment, timeout, function, args), daemon=True, name=f"rank{rank}"
         )
         process.start()

@@ -1,16 +1,13 @@
 """One run, moved between numbers of ranks and ZeRO stages, or stopped and started again: whole runs, command line."""
 
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from swin_scale.checkpoint import Checkpoint, step_directory
+from swin_scale.errors import PeerLostError
 from tests import runs
-from tests.spawn import free_port, torchrun_environment
 
 STEPS = 40
 CHAIN = ((1, 0, 8), (2, 1, 16), (4, 2, 24), (3, 3, 32), (1, 1, STEPS))
@@ -41,9 +38,9 @@ def difference(a, b):
     return {kind: max(float((a[kind][n] - b[kind][n]).abs().max()) for n in a[kind]) for kind in a}
 
 
-def run(run_dir, digits, **settings):
+def run(run_dir, digits, code=0, **settings):
     result = runs.run(run_dir, digits[0], timeout=300, **{**ELASTIC, "data__val": f"[{digits[1]}]", **settings})
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == code, result.stderr
     return result
 
 
@@ -98,7 +95,7 @@ def test_every_hand_over_is_exact(digits, steady, tmp_path):
         settings = {"engine__zero_stage": stage, "nproc": ranks}
         if previous is not None:
             before = checkpoint(run_dir, previous)
-            start(SAVES_AT_ONCE, run_dir, digits, **settings, train__max_steps=previous)
+            run(run_dir, digits, program=SAVES_AT_ONCE, **settings, train__max_steps=previous)
             files = step_directory(run_dir / "checkpoints", previous).glob("rank*.safetensors")
             assert len(list(files)) == ranks, "nothing was saved in the new layout"
             after = checkpoint(run_dir, previous)
@@ -107,21 +104,6 @@ def test_every_hand_over_is_exact(digits, steady, tmp_path):
         run(run_dir, digits, **settings, train__max_steps=stop)
         previous = stop
     assert_same_run(run_dir, steady)
-
-
-def start(program, run_dir, digits, *, nproc, code=0, **settings):
-    """Run `program` on `nproc` processes, as torchrun would, with the arguments of ``swin-scale train``."""
-    values = {**ELASTIC, "data__val": f"[{digits[1]}]", **settings}
-    _, _, _, *arguments = runs.command(run_dir, digits[0], nproc=1, **values)
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
-            env={**runs.environment(), **torchrun_environment(rank, nproc, port)},
-        )
-        for rank in range(nproc)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [code] * nproc
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +168,7 @@ def test_a_kill_between_micro_batches_changes_no_bit(digits, noisy, tmp_path):
     """The step whose first micro-batch was done when the process died is done again from its start."""
     run_dir = tmp_path / "run"
     run(run_dir, digits, **NOISY, train__max_steps=20)
-    start(DIES_MID_STEP, run_dir, digits, **NOISY, train__max_steps=STEPS, code=-signal.SIGKILL)
+    run(run_dir, digits, code=PeerLostError.exit_code, program=DIES_MID_STEP, **NOISY, train__max_steps=STEPS)
     assert runs.steps(run_dir) == [20]
     run(run_dir, digits, **NOISY, train__max_steps=STEPS)
     assert runs.trajectory(run_dir) == runs.trajectory(noisy)

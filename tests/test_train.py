@@ -14,14 +14,14 @@ from swin_scale.data.order import BatchOrder, Source
 from swin_scale.engine.metrics import STEP_KEYS
 from swin_scale.log import read_jsonl, read_metrics
 from swin_scale.shards import ShardSet
-from tests import runs
+from tests import runs, warm
 
 
 @pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
-    """A run of 12 steps that nothing disturbed: 300 images, batch 24, so an epoch ends at step 13."""
+    """A run of 16 steps that nothing disturbed: 300 images, batch 24, so an epoch ends at step 13."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    result = runs.run(run_dir, digits[0], data__val=f"[{digits[1]}]", train__max_steps=16)
+    result = runs.run(run_dir, digits[0], data__val=f"[{digits[1]}]", train__max_steps=16, cold=True)
     assert result.returncode == 0, result.stderr
     return run_dir
 
@@ -56,8 +56,7 @@ def test_digests_are_those_of_the_order(digits, finished):
 def test_killed_run_resumes_to_the_same_bits(digits, finished, tmp_path):
     rng = random.Random(1)
     options = {"data__val": f"[{digits[1]}]", "train__max_steps": 16}
-    for _ in range(2):
-        assert runs.run_and_kill(tmp_path / "run", digits[0], rng, when="saving", **options)
+    assert runs.run_and_kill(tmp_path / "run", digits[0], rng, when="saving", **options)
     result = runs.run(tmp_path / "run", digits[0], **options)
     assert result.returncode == 0, result.stderr
     assert runs.trajectory(tmp_path / "run") == runs.trajectory(finished)
@@ -160,8 +159,11 @@ def test_too_many_bad_samples_stop_the_run_with_exit_3(digits, tmp_path):
     assert runs.exit_record(tmp_path / "run")["code"] == 3
 
 
-def swin_scale(*arguments):
-    return subprocess.run([sys.executable, "-m", "swin_scale", *map(str, arguments)], capture_output=True, text=True)
+def swin_scale(*arguments, cold=False):
+    if cold:
+        command = [sys.executable, "-m", "swin_scale", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+    return warm.run([*map(str, arguments)], [runs.environment()])
 
 
 def test_weights_convert_evaluate_predict_and_start_another_run(digits, finished, tmp_path):
@@ -176,7 +178,7 @@ def test_weights_convert_evaluate_predict_and_start_another_run(digits, finished
         assert figures["top1"] == training["top1"]
         assert figures["loss"] == pytest.approx(training["loss"], rel=1e-5)
     image = next((digits[0].parent / "images/val/7").iterdir())
-    result = swin_scale("predict", "--weights", tmp_path / "w.safetensors", image, "--json", "--topk", 3)
+    result = swin_scale("predict", "--weights", tmp_path / "w.safetensors", image, "--json", "--topk", 3, cold=True)
     assert result.returncode == 0, result.stderr
     guesses = json.loads(result.stdout)["predictions"]
     assert len(guesses) == 3
@@ -206,7 +208,7 @@ def test_weights_convert_evaluate_predict_and_start_another_run(digits, finished
 )
 def test_wrong_requests_end_before_training_with_their_code(digits, tmp_path, settings, code, message):
     nproc = 2 if "train__global_batch" in settings else 1
-    result = runs.run(tmp_path / "run", digits[0], nproc=nproc, **settings)
+    result = runs.run(tmp_path / "run", digits[0], nproc=nproc, cold=nproc > 1, **settings)
     assert result.returncode == code, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
