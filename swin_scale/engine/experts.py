@@ -6,7 +6,6 @@ travel between them. Ranks with the same place in their sets hold the same exper
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,6 +50,7 @@ class ExpertParallel:
     aux_group: ProcessGroup | None
     """The ranks over whose tokens balance is judged; None for this rank alone."""
     backend: str
+    """Whose layers they are, ``moe.backend``."""
 
     @classmethod
     def create(cls, dist: Dist, moe: MoE) -> ExpertParallel:
@@ -84,7 +84,7 @@ class ExpertParallel:
         return {
             parameter: Held(
                 shape=(experts, *parameter.shape[1:]),
-                start=self.rank * len(parameter) * math.prod(parameter.shape[1:]),
+                start=self.rank * parameter.numel(),
                 group=self.data_group,
                 first=first,
             )
