@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from swin_scale import create_model, load_weights
+from swin_scale.cli import main
 from swin_scale.convert import convert, inspect_path, model_from_weights, open_weights, read_state_dict
 from swin_scale.convert.torch_weights import TorchWeights
 from swin_scale.errors import CheckpointError
@@ -353,6 +354,7 @@ def test_hostile_zips(tmp_path, case):
             archive.writestr(info, data, zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match=message):
         open_weights(path)
+    assert main(["inspect", str(path)]) == main(["convert", str(path), str(tmp_path / "w"), "--to", "safetensors"]) == 4
 
 
 def test_a_damaged_zip_names_itself(tmp_path):
