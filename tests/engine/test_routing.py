@@ -129,8 +129,25 @@ def on_one_process(dist):
     return part_of_batch(dist, 3, False), flushed(dist, 4 * MAPS, 2)
 
 
+class Waited:
+    """Waiting that took as long as it is told."""
+
+    def __init__(self, seconds):
+        self.seconds = lambda: seconds
+
+
+def waited(dist):
+    """Rank 0 waited for 1 s, rank 1 for 3, of 4 that the step took."""
+    log, tally = RoutingLog(torch.distributed.group.WORLD, total_steps=1), RoutingTally()
+    tally.add({"block": layer(CONFIG)(inputs(12)[0])[2]})
+    tally.layers["block"].waits.append(Waited(1.0 + 2 * dist.rank))
+    log.add(tally)
+    record = log.flush(1, 4.0)
+    return record and record.row["moe/block/a2a_share"]
+
+
 def on_two(dist):
-    return part_of_batch(dist, 3, False), part_of_batch(dist, 3, True)
+    return part_of_batch(dist, 3, False), part_of_batch(dist, 3, True), waited(dist)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +158,8 @@ def one_process():
 def test_ranks_add_up_to_one_process(one_process):
     """Capacity is each pass's own, so the same passes on 1 rank and on 2 drop the same."""
     alone, _ = one_process
-    (two, share), other = spawn_dist(2, on_two)
-    assert other == (None, None) and two[1] == alone[1]
+    (two, share, waiting), other = spawn_dist(2, on_two)
+    assert other == (None, None, None) and two[1] == alone[1] and waiting == 0.5
     row, twice = alone[0], two[0]
     assert {key for key in row if key.startswith("moe/block/")} == {f"moe/block/{name}" for name in FIGURES}
     assert row["moe/block/dropped"] > 0.05

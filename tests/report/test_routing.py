@@ -14,6 +14,9 @@ from swin_scale.report.routing import routing_pictures
 from tests.report import rundir
 from tests.report.test_report import HOSTILE, render
 
+RAGGED = {"load": [0.5, 0.5], "dropped": [[1, 2], [3]]}
+"""A map whose loads can be used and whose drops cannot."""
+
 
 def cells(text, key):
     return json.loads(html.unescape(re.search(rf'id="p-{key}"[^>]* data-cells="([^"]+)"', text)[1]))
@@ -66,7 +69,7 @@ def test_a_dense_run_has_no_such_section(tmp_path):
     [
         None, 7, {"a": None}, {"a": {"load": "x"}}, {"a": {"load": []}}, {"a": {"load": [[1]]}},
         {"a": {"load": [-1, 2]}},
-        {"a": {"load": [float("nan")]}}, {"a": {"load": [0.5, 0.5], "dropped": [[1, 2], [3]]}},
+        {"a": {"load": [float("nan")]}}, {"a": RAGGED},
         {HOSTILE: {"load": [0.5, 0.5], "dropped": [[0.5]]}}, {"a": {"load": [0.5] * 99_999}},
     ],
 )  # fmt: skip
@@ -76,6 +79,8 @@ def test_whatever_a_map_holds_makes_a_page(tmp_path, layers):
     rows += [rundir.event("routing", 2, steps=[1, 2], layers={"b": {"load": [0.25] * 4, "dropped": None}})]
     page = render(rundir.write(tmp_path / "run", rows))
     assert len(page.of("script")) == 1 and "Routing" in page.text and "load of each expert" in page.text
+    sound = isinstance(layers, dict) and (HOSTILE in layers or layers["a"] == RAGGED)
+    assert sum(svg.get("id", "").startswith("p-load-") for svg in page.of("svg")) == 1 + sound
 
 
 def test_very_many_intervals_are_thinned_evenly(tmp_path, monkeypatch):
