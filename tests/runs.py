@@ -83,19 +83,16 @@ def start(run_dir: Path, train: Path, *, fault: str = "", **options: object) -> 
         )
 
 
-def run_nodes(run_dir: Path, train: Path, nodes: Sequence[int], *, fault: str = "", **options: object) -> list[int]:
-    """Run to the end as a cluster would start it, with `nodes` ranks on each node; the exit code of every rank."""
-    argv = command(run_dir, train, nproc=1, **options)
-    port = free_port()
-    processes = []
+def run_nodes(run_dir: Path, train: Path, nodes: Sequence[int], *, fault: str = "", **options: object) -> int:
+    """Run to the end as a cluster would start it, with `nodes` ranks on each node; the exit code."""
+    _, _, _, *arguments = command(run_dir, train, nproc=1, **options)
+    port, ranks = free_port(), []
     for local in nodes:
         for local_rank in range(local):
-            variables = torchrun_environment(len(processes), sum(nodes), port)
+            variables = torchrun_environment(len(ranks), sum(nodes), port)
             variables.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local), GLOO_SOCKET_IFNAME="lo")
-            with open(run_dir.parent / f"{run_dir.name}.{len(processes)}.log", "ab") as log:
-                env = {**environment(fault), **variables}
-                processes.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log))
-    return [process.wait(timeout=240) for process in processes]
+            ranks.append({**environment(fault), **variables})
+    return warm.run(arguments, ranks).returncode
 
 
 def run_and_kill(run_dir: Path, train: Path, rng: random.Random, *, when: str, **options: object) -> bool:

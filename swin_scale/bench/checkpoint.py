@@ -12,10 +12,11 @@ itself: the peak of its process's anonymous pages, less those before it started.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from swin_scale.models import create_model
 SPEED_BAR, MEMORY_BAR = 3.0, 1 / 3
 """A conversion is to be at least so many times as fast as the peer's, and to need at most this part of its memory."""
 
+PARTS = ("save", "convert")
+"""Saving with loading what was saved, and converting; each takes a while."""
+
 SAMPLE_S = 0.001
 _BYTES_ON_DISK = 40
 """Per parameter: three copies saved, or DeepSpeed's fp32 state and moments and two files converted, and some room."""
@@ -47,6 +51,7 @@ _OURS, _TORCH, _SAFETENSORS = "ours", "torch.pth", "peer.safetensors"
 def bench_checkpoint(
     *,
     params: float = 300e6,
+    parts: Collection[str] = PARTS,
     rounds: int = 5,
     ranks: int = 2,
     zero_stage: int = 2,
@@ -58,6 +63,7 @@ def bench_checkpoint(
 
     Args:
         params: parameters of the model; a SwinV2 whose class count fills it up.
+        parts: of `PARTS`.
         rounds: ABBA rounds of each comparison; 20 give the 40 pairs that a claim on speed needs.
         ranks: processes that write the ZeRO checkpoint.
         zero_stage: 1, 2 or 3.
@@ -75,25 +81,26 @@ def bench_checkpoint(
             f"{place} has {free / 1e9:.1f} GB free, {_BYTES_ON_DISK * params / 1e9:.1f} GB are needed; use --dir"
         )
     with fixed_threads(threads), tempfile.TemporaryDirectory(prefix="swin-bench-", dir=place) as work:
-        save, total = _saved(name, overrides, Path(work), rounds)
-        load = _loaded(Path(work), rounds, total)
-        convert = _convert(name, overrides, Path(work), rounds=rounds, ranks=ranks, stage=zero_stage, threads=threads)
-        command = f"swin-scale bench checkpoint --params {params:g} --rounds {rounds} --ranks {ranks} "
-        command += f"--zero-stage {zero_stage} --threads {threads}"
+        measured: dict[str, Any] = {}
+        if "save" in parts:
+            measured["save"], total = _saved(name, overrides, Path(work), rounds)
+            measured["load"] = _loaded(Path(work), rounds, total)
+        if "convert" in parts:
+            measured["convert"] = _convert(
+                name, overrides, Path(work), rounds=rounds, ranks=ranks, stage=zero_stage, threads=threads
+            )
+        command = f"swin-scale bench checkpoint --part {' '.join(parts)} --params {params:g} --rounds {rounds} "
+        command += f"--ranks {ranks} --zero-stage {zero_stage} --threads {threads}"
         figures = describe("checkpoint", command, torch.device("cpu"))
-    figures |= {
-        "settings": {
-            "model": name,
-            "overrides": overrides,
-            "parameters": parameters_of(name, overrides),
-            "rounds": rounds,
-            "ranks": ranks,
-            "zero_stage": zero_stage,
-        },
-        "save": save,
-        "load": load,
-        "convert": convert,
+    figures["settings"] = {
+        "model": name,
+        "overrides": overrides,
+        "parameters": parameters_of(name, overrides),
+        "rounds": rounds,
+        "ranks": ranks,
+        "zero_stage": zero_stage,
     }
+    figures |= measured
     result = Result(figures=figures, table=table(figures))
     if out is not None:
         result.write(out)
@@ -210,11 +217,11 @@ def _convert(
     measured: dict[str, list[dict[str, float]]] = {"ours": [], _PEER: []}
 
     def once(label: str) -> float:
+        (ours if label == "ours" else peer).unlink(missing_ok=True)
+        os.sync()  # what the last one left to be done on the disk, its removal included, is no part of this one's time
         if label == "ours":
-            ours.unlink(missing_ok=True)
             found = watched("convert", str(source), str(ours), name, threads)
         else:
-            peer.unlink(missing_ok=True)
             found = watched(_PEER, str(source), str(peer.parent), threads)
         measured[label].append(found)
         return found["seconds"]
@@ -317,6 +324,8 @@ def table(figures: dict[str, Any]) -> str:
     ]
     claims = []
     for what in ("save", "load", "convert"):
+        if what not in figures:
+            continue
         measured = figures[what]
         claims += [ratio["is_claim"] for name, ratio in measured["ratios"].items() if name != _CONTROL]
         for name, times in measured["seconds"].items():
@@ -325,7 +334,16 @@ def table(figures: dict[str, Any]) -> str:
             lines.append(line)
             if ratio:
                 lines[-1] += f"{ratio['median']:>8.2f}x  {ratio['lower']:.2f} to {ratio['upper']:.2f}"
-    convert = figures["convert"]
+    if "convert" in figures:
+        lines += _conversion(figures["convert"])
+    if not all(claims):
+        lines.append(f"not a claim on speed: {2 * settings['rounds']} pairs, 40 are needed (--rounds 20)")
+    return "\n".join(lines)
+
+
+def _conversion(convert: Mapping[str, Any]) -> list[str]:
+    """Memory and bars."""
+    lines = []
     for name, memory in convert["memory"].items():
         extra, mapped = memory["extra_gb"], memory["mapped_gb"]
         lines.append(
@@ -338,6 +356,4 @@ def table(figures: dict[str, Any]) -> str:
     for name, bar in convert["bars"].items():
         limit = " ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in bar.items() if key != "reached")
         lines.append(f"bar      {name}: {limit}, {'reached' if bar['reached'] else 'NOT reached'}")
-    if not all(claims):
-        lines.append(f"not a claim on speed: {2 * settings['rounds']} pairs, 40 are needed (--rounds 20)")
-    return "\n".join(lines)
+    return lines

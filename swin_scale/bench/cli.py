@@ -39,6 +39,8 @@ def add_parser(verbs: Any) -> None:
     data.add_argument("--out", metavar="FILE", help="write the result as JSON")
     data.set_defaults(handler=_data)
     checkpoint = what.add_parser("checkpoint", help="save, load and convert against torch, safetensors and DeepSpeed")
+    checkpoint.add_argument("--part", nargs="+", choices=("save", "convert"), default=["save", "convert"],
+                            help="save: and load; default: both")  # fmt: skip
     checkpoint.add_argument("--params", type=float, default=300e6, help="parameters of the model")
     checkpoint.add_argument("--rounds", type=int, default=5, help="ABBA rounds; each gives two pairs")
     checkpoint.add_argument("--ranks", type=int, default=2, help="processes that write the ZeRO checkpoint")
@@ -124,6 +126,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
     print(
         bench_checkpoint(
             params=arguments.params,
+            parts=arguments.part,
             rounds=arguments.rounds,
             ranks=arguments.ranks,
             zero_stage=arguments.zero_stage,

@@ -12,14 +12,15 @@ from swin_scale.errors import SwinScaleError, UserError
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     place = tmp_path_factory.mktemp("bench")
-    result = bench_checkpoint(params=2e5, rounds=1, threads=1, directory=str(place), out=str(place / "result.json"))
+    out = str(place / "result.json")
+    result = bench_checkpoint(params=2e5, rounds=1, ranks=1, threads=1, directory=str(place), out=out)
     return result, json.loads((place / "result.json").read_text()), place
 
 
 def test_result_file_says_what_was_measured(result):
     _, figures, _ = result
     assert {"schema", "bench", "command", "hardware", "versions", "settings", "save", "load", "convert"} == set(figures)
-    flags = "--params 200000 --rounds 1 --ranks 2 --zero-stage 2 --threads 1"
+    flags = "--part save convert --params 200000 --rounds 1 --ranks 1 --zero-stage 2 --threads 1"
     assert figures["command"] == f"swin-scale bench checkpoint {flags}"
     assert figures["settings"]["parameters"] == pytest.approx(2e5, rel=0.01)
     assert list(figures["save"]["ratios"]) == ["torch.save", "safetensors", "ours again"]
@@ -50,6 +51,12 @@ def test_the_table_reads(result):
 
 def test_nothing_is_left_behind(result):
     assert [path.name for path in result[2].iterdir()] == ["result.json"]
+
+
+def test_a_part_alone_says_so(tmp_path):
+    result = bench_checkpoint(params=2e5, parts=["save"], rounds=1, threads=1, directory=str(tmp_path))
+    assert "convert" not in result.figures and {"save", "load"} < set(result.figures)
+    assert "--part save --params" in result.figures["command"] and "zero_to_fp32" not in str(result)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
