@@ -20,7 +20,7 @@ from swin_scale.checkpoint.tensorfile import DTYPES, read_header, read_range
 from swin_scale.convert import hub, rank_files, zero_files
 from swin_scale.convert.ranks import RankWeights
 from swin_scale.convert.torch_weights import TorchWeights
-from swin_scale.convert.torchfile import is_torch_file
+from swin_scale.convert.torchfile import TorchFile, is_torch_file
 from swin_scale.convert.weights import Several, Source, Weights
 from swin_scale.convert.zero import ZeroWeights
 from swin_scale.errors import CheckpointError
@@ -36,7 +36,7 @@ def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
 
     Args:
         path: a run directory or its ``checkpoints`` (the newest good step is taken), a step directory, a directory
-            written by DeepSpeed's ``save_checkpoint`` (ZeRO 1 to 3, any number of ranks) or by Hugging Face or timm
+            written by DeepSpeed's ``save_checkpoint`` (ZeRO 0 to 3, any number of ranks) or by Hugging Face or timm
             (``config.json`` beside the weights, which may be several files with an index), or a file written by
             safetensors or ``torch.save`` with the weights at the top, or under ``model``, ``state_dict`` or
             ``module``. The ``.rank0``, ``.rank1``, ... and ``.master`` files of an official Swin-MoE are given as
@@ -104,11 +104,32 @@ def _open_directory(path: Path, kind: str) -> Weights:
         return weights
     if not steps and (directory := zero_files.find(path)) is not None:
         _refuse_ema(directory, kind)
-        return ZeroWeights(directory)
+        return _open_without_zero(directory) or ZeroWeights(directory)
     if not steps and rank_files.present(path):
         return RankWeights(path, kind)
     what = f"its {len(steps)} checkpoints are all damaged" if steps else "it holds no checkpoint"
     raise CheckpointError(f"{path}: {what}; give a run directory, a step_XXXXXXXX directory or a weight file")
+
+
+def _open_without_zero(directory: Path) -> Weights | None:
+    """A DeepSpeed checkpoint of stage 0, whose model file has all weights, in the training precision; else None."""
+    (file, *others) = sorted(directory.glob("*mp_rank_*_states.pt"))
+    if others or file.name != "mp_rank_00_model_states.pt":
+        return None
+    with TorchFile(file) as opened:
+        content = opened.content
+    if not isinstance(content, dict) or content.get("param_shapes") is not None:
+        return None  # of a ZeRO checkpoint whose other files are missing
+    weights, step = TorchWeights(file, "master"), content.get("global_steps")
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values() if t.is_floating_point()})
+    weights.source = dataclasses.replace(
+        weights.source,
+        path=directory,
+        format="deepspeed",
+        step=step if type(step) is int else None,
+        notes=(f"without ZeRO, weights as they were trained with, in {' and '.join(dtypes)}",),
+    )
+    return weights
 
 
 class CheckpointWeights(Weights):
