@@ -2,7 +2,7 @@
 # make test   one thinned case of every claim
 # make proof  the full grids, kills and faults
 # make check  ruff, types, import floors      make bench      CPU ratios against the peers
-# make gpu-check PART=model|train|large       GPU tests and benchmarks, on a machine that has one
+# make gpu-check PART=model|train|moe|large   GPU tests and benchmarks, on a machine that has one
 
 PYTHON ?= python3
 VENV := .venv
@@ -43,6 +43,8 @@ demo: $(INSTALLED)
 	$(SWIN) convert demo/run demo/weights.safetensors --to safetensors
 	$(SWIN) convert demo/run demo/weights.pth --to official
 	$(SWIN) predict --weights demo/weights.safetensors "$$(find demo/images/val/7 -type f | sort | head -n 1)"
+	$(SWIN) launch local --nproc 2 configs/moe/swin_moe_nano.yaml moe.ep_size=2 train.epochs=5
+	$(SWIN) inspect --routing demo/run_moe --data demo/shards/val --out demo/routing.html
 	@$(BIN)/python -c "import json; top1 = json.load(open('demo/eval.json'))['top1']; \
 	    checkpoint = open('demo/run/checkpoints/latest').read().strip(); \
 	    print(f'demo: top1={top1:.2f} shards=demo/shards checkpoint=demo/run/checkpoints/{checkpoint} weights=demo/weights.safetensors'); \
@@ -65,6 +67,7 @@ bench: $(TESTED)
 	$(SWIN) bench model --model swinv2_tiny_patch4_window16_256 $(if $(OFFICIAL),--official $(OFFICIAL))
 	$(SWIN) bench data
 	$(SWIN) bench checkpoint
+	$(SWIN) bench moe
 
 # Uses the interpreter at hand: GPU machines bring their own build of torch.
 gpu-check:

@@ -91,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="what is in a checkpoint, a weight file, a shard set, a config")
     inspect.add_argument("path")
+    inspect.add_argument("--routing", action="store_true", help="of a model with experts: a page of what goes where")
+    inspect.add_argument("--data", nargs="+", metavar="SHARDS", help="with --routing: the images to send through it")
+    inspect.add_argument("--images", type=int, default=10_000, help="with --routing: at most so many")
+    inspect.add_argument("--out", metavar="FILE", help="with --routing: the page; default: routing.html")
+    inspect.add_argument("--model", metavar="NAME", help="with --routing: the model, where the file does not tell")
+    inspect.add_argument("--ema", action="store_true", help="with --routing: take the moving average of the weights")
     inspect.set_defaults(overrides=[])
     inspect.set_defaults(handler=_inspect)
 
@@ -217,11 +223,28 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.routing:
+        return _inspect_routing(arguments)
+    if arguments.data:
+        raise UserError("--data is for --routing; add it, or leave --data out")
     if arguments.path.endswith((".yaml", ".yml")):
         return _configs_show(arguments)
     from swin_scale.convert import inspect_path
 
     print(inspect_path(arguments.path))
+    return 0
+
+
+def _inspect_routing(arguments: argparse.Namespace) -> int:
+    if not arguments.data:
+        raise UserError("--routing needs images; add --data SHARDS, one or more shard directories")
+    from swin_scale.routing import inspect_routing
+
+    kind = "ema" if arguments.ema else "master"
+    page = inspect_routing(
+        arguments.path, arguments.data, out=arguments.out, model=arguments.model, kind=kind, images=arguments.images
+    )
+    print(page)
     return 0
 
 

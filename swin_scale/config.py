@@ -226,6 +226,8 @@ class Init:
     """Start from these weights (any checkpoint `convert` reads); a resumed run ignores it."""
     head: Literal["auto", "keep", "zero", "map22kto1k"] = "auto"
     """What to do with the classifier of `weights`; `auto`: keep if equal, map 21841 to 1000, else zero."""
+    upcycle: bool = False
+    """`weights` are of the dense model: each expert starts as a copy of its MLP (Komatsuzaki et al., 2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,8 @@ def validate(config: Config) -> None:
         )
     if any(not weight > 0 for weight in config.data.weights):
         raise UserError(f"data.weights is {list(config.data.weights)}; every weight must be above 0")
+    if config.init.upcycle and config.init.weights is None:
+        raise UserError("init.upcycle is true without init.weights; name the dense model's weights, or leave it out")
     if (config.optim.lr is None) == (config.optim.lr_per_512 is None):
         raise UserError(
             f"set exactly one of optim.lr (absolute) and optim.lr_per_512; they are {config.optim.lr} and "

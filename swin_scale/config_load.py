@@ -288,6 +288,7 @@ SAFE = (
     "checkpoint.keep_every_hours",
     "init.weights",
     "init.head",
+    "init.upcycle",
 )
 """Keys that may change at a resume without a flag: they leave samples, model and update rule as they were."""
 

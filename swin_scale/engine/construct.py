@@ -56,7 +56,7 @@ def build_model(
             return model
         whole = build_whole() if held or foreign else model
         if weights is not None:
-            logger.info("%s", load_weights(whole, weights, head=config.init.head))
+            logger.info("%s", load_weights(whole, weights, head=config.init.head, upcycle=config.init.upcycle))
         if whole is not model:
             _take_parts(model, whole, held)
         return model
