@@ -2,8 +2,9 @@
 
 For each case, in this order: all layers get the same weights -> correctness gate against the formula in fp64 (output,
 and gradients of everything) -> paired timings of forward (eval, inference mode) and forward + backward (training mode,
-with the gate's noise where a layer has it and with its auxiliary loss). No token is dropped, so all compute the same. A
-peer that fails the gate is listed with its error; when ours does, nothing is timed. At last, the memory of a pass.
+with the gate's noise where a layer has it and with its auxiliary loss). Without noise no token is dropped, so that all
+compute the same. A peer that fails the gate is listed with its error; when ours does, nothing is timed. At last, the
+memory of a pass.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from swin_scale.files import write_atomic
 SCHEMA = 1
 """Raised when a key of the result files changes its meaning."""
 
-PACKAGES = ("torch", "timm", "transformers", "deepspeed", "triton", "numpy")
+PACKAGES = ("torch", "timm", "transformers", "deepspeed", "tutel", "triton", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
