@@ -5,6 +5,7 @@ and gradients are deterministic and no (tokens, experts, capacity) tensor exists
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,9 +75,7 @@ def in_chunks(routing: Routing, chunks: int) -> tuple[Routing, Tensor]:
     moved_TK = (
         torch.where(routing.slot_TK < 0, -1, invert(order_R)[routing.slot_TK]) if len(order_R) else routing.slot_TK
     )
-    return Routing(
-        gate_TK=routing.gate_TK, choice_R=routing.choice_R[order_R], slot_TK=moved_TK, count_E=count_E
-    ), count_CE
+    return replace(routing, choice_R=routing.choice_R[order_R], slot_TK=moved_TK), count_CE
 
 
 def exchange(x_RD: Tensor, count_CE: Tensor, experts: ExpertFn, group: ProcessGroup, waits: Waits) -> Tensor:

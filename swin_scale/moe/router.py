@@ -32,6 +32,8 @@ class Routing:
     """(T, K) int64: the row that serves a choice; -1 where it was dropped. The inverse of `choice_R`."""
     count_E: Tensor
     """(E,) int64: rows of each expert."""
+    routed_E: Tensor
+    """(E,) int64: choices that fell on each expert, dropped ones included; `count_E` itself where nothing can drop."""
 
 
 def capacity(tokens: int, num_experts: int, top_k: int, factor: float) -> int | None:
@@ -62,7 +64,7 @@ def plan(expert_TK: Tensor, gate_TK: Tensor, num_experts: int, limit: int | None
     expert_KT = expert_TK[token_T].t().flatten()
     order = expert_KT.argsort(stable=True)
     choice_R = token_T[order % max(T, 1)] * K + order // max(T, 1)
-    count_E = torch.bincount(expert_KT, minlength=num_experts)
+    count_E = routed_E = torch.bincount(expert_KT, minlength=num_experts)
     if limit is not None:
         place_R = torch.arange(T * K, device=device) - (count_E.cumsum(0) - count_E)[expert_KT[order]]
         choice_R, count_E = choice_R[place_R < limit], count_E.clamp_max(limit)
@@ -71,7 +73,7 @@ def plan(expert_TK: Tensor, gate_TK: Tensor, num_experts: int, limit: int | None
     slot_TK = slot_TK.view(T, K)
     if limit is not None:
         gate_TK = gate_TK.masked_fill(slot_TK < 0, 0)
-    return Routing(gate_TK=gate_TK, choice_R=choice_R, slot_TK=slot_TK, count_E=count_E)
+    return Routing(gate_TK=gate_TK, choice_R=choice_R, slot_TK=slot_TK, count_E=count_E, routed_E=routed_E)
 
 
 def load(prob_TE: Tensor, threshold_T: Tensor, std: float) -> Tensor:
@@ -152,7 +154,8 @@ class Router(nn.Module):
         expert_TK, gate_TK = choose(score_TE, c.top_k, c.normalize_gate)
         factor = c.capacity_factor if self.training else c.eval_capacity_factor
         limit = capacity(len(x_TD), c.num_experts, c.top_k, factor)
-        priority_T = score_TE.detach().amax(1) if c.batch_prioritized and limit is not None else None
+        best_T = score_TE.detach().gather(1, expert_TK[:, :1]).squeeze(1)
+        priority_T = best_T if c.batch_prioritized and limit is not None else None
         routing = plan(expert_TK, gate_TK, c.num_experts, limit, priority_T)
 
         z_T = logit_TE.logsumexp(1)
@@ -181,9 +184,10 @@ class Router(nn.Module):
             z=sums[0][0],
             importance_E=importance_E,
             balance=balance,
+            confidence_T=best_T,
             expert_TK=expert_TK,
             slot_TK=routing.slot_TK,
+            routed_E=routing.routed_E,
             kept_E=routing.count_E,
-            limited=limit is not None,
         )
         return routing, aux, stats

@@ -18,7 +18,7 @@ class RoutingStats:
     """Routing of the tokens of one rank in one pass: T tokens, K choices each, E experts of the whole layer.
 
     All tensors are detached. Those that are sums over tokens may be added over ranks and micro-batches; divide by
-    `tokens` for means. `kept_TK` and `expert_TK`, viewed as (*shape, K), say where in an image tokens were dropped and
+    `tokens` for means. `slot_TK` and `expert_TK`, viewed as (*shape, K), say where in an image tokens were dropped and
     which expert saw which place.
     """
 
@@ -29,7 +29,7 @@ class RoutingStats:
     importance_E: Tensor
     """(E,): sum over tokens of the gate's probability for each expert, without noise."""
     confidence_T: Tensor
-    """(T,): the largest gate probability of each token, without noise."""
+    """(T,): the largest gate probability of each token, with the noise by which it was chosen in training."""
     entropy: Tensor
     """(): sum over tokens of the entropy of the gate's distribution (nats), without noise."""
     z: Tensor
@@ -38,8 +38,8 @@ class RoutingStats:
     """(): the balance loss, unweighted, over the scope the layer was built with; not a sum over tokens."""
     expert_TK: Tensor
     """(T, K) int64: the chosen experts, best first."""
-    kept_TK: Tensor
-    """(T, K) bool: False where the choice was dropped for want of capacity."""
+    slot_TK: Tensor
+    """(T, K) int64: the row that served the choice; -1 where it was dropped for want of capacity."""
     shape: tuple[int, ...] = ()
     """Of the tokens before they were made one row, (B, H, W) in an image model; empty where the layer was not told."""
     ep_size: int = 1
@@ -55,6 +55,11 @@ class RoutingStats:
         return len(self.expert_TK)
 
     @property
+    def kept_TK(self) -> Tensor:
+        """(T, K) bool: False where the choice was dropped."""
+        return self.slot_TK >= 0
+
+    @property
     def confidence(self) -> Tensor:
         """(): sum over tokens of the largest gate probability."""
         return self.confidence_T.sum()
@@ -66,7 +71,7 @@ class RoutingStats:
 
     def dropped_by_position(self) -> Tensor:
         """Choices dropped at each place of an image, summed over the batch: `shape` without its first entry."""
-        return (~self.kept_TK).view(*self.shape, -1).sum((0, -1))
+        return (self.slot_TK < 0).view(*self.shape, -1).sum((0, -1))
 
 
 @torch.no_grad()
@@ -78,19 +83,17 @@ def observe(
     z: Tensor,
     importance_E: Tensor,
     balance: Tensor,
+    confidence_T: Tensor,
     expert_TK: Tensor,
     slot_TK: Tensor,
+    routed_E: Tensor,
     kept_E: Tensor,
-    limited: bool,
 ) -> RoutingStats:
     """Statistics of one pass, from the noiseless logits, their softmax, its sum over tokens `importance_E`, their
-    log-partition `z_T` and its sum of squares `z`; `limited`: whether choices may have been dropped."""
+    log-partition `z_T` and its sum of squares `z`. Nearly all was computed for routing anyway."""
     start = time.perf_counter()
     # As z - sum(p * logit) for each token, added up without a tensor of their products.
     entropy = z_T.sum() - torch.vdot(prob_TE.flatten(), logit_TE.flatten())
-    confidence_T = prob_TE.amax(1)
-    kept_TK = slot_TK >= 0
-    routed_E = torch.bincount(expert_TK.flatten(), minlength=len(kept_E)) if limited else kept_E
     return RoutingStats(
         routed_E=routed_E,
         kept_E=kept_E,
@@ -100,7 +103,7 @@ def observe(
         z=z.detach(),
         balance_loss=balance.detach(),
         expert_TK=expert_TK,
-        kept_TK=kept_TK,
+        slot_TK=slot_TK,
         seconds=time.perf_counter() - start,
     )
 
