@@ -17,6 +17,10 @@ RESIDENT = 1000
 """Parameters that ZeRO-3 keeps gathered here; with its real threshold all of a nano model would stay."""
 
 
+def proof(*values):
+    return pytest.param(*values, marks=pytest.mark.proof)
+
+
 def make_config(**sections):
     values = {
         "run": {"dir": "r"},
@@ -146,12 +150,17 @@ def test_mean_is_over_valid_samples_only():
 @pytest.mark.parametrize(
     ("stage", "precision", "micro"),
     [
-        *((1, precision, micro) for precision in ("fp32", "bf16", "fp16") for micro in ("auto", 2)),
         (0, "fp32", 3),
+        (1, "fp32", "auto"),
+        (1, "bf16", 2),
+        (1, "fp16", "auto"),
         (2, "bf16", 3),
         (3, "fp32", 3),
-        (3, "bf16", "auto"),
         (3, "fp16", "auto"),
+        proof(1, "fp32", 2),
+        proof(1, "bf16", "auto"),
+        proof(1, "fp16", 2),
+        proof(3, "bf16", "auto"),
     ],
 )
 def test_non_finite_step_is_skipped_by_all_ranks(stage, precision, micro):
@@ -184,13 +193,13 @@ def skip_case(dist, config):
 @pytest.mark.parametrize(
     ("stage", "precision", "micro", "optimizer"),
     [
-        (1, "fp32", "auto", "adamw"),
         (2, "bf16", "auto", "adamw"),
         (1, "bf16", 2, "adamw"),
         (1, "fp16", "auto", "sgd"),
         (0, "fp32", "auto", "sgd"),
         (3, "bf16", 3, "adamw"),
-        (3, "fp16", "auto", "sgd"),
+        proof(1, "fp32", "auto", "adamw"),
+        proof(3, "fp16", "auto", "sgd"),
     ],
 )
 def test_resume_is_bit_equal(tmp_path, stage, precision, micro, optimizer):

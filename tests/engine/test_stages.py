@@ -14,6 +14,7 @@ from tests.engine.test_engine import (
     make_config,
     make_engine,
     memory,
+    proof,
     run_steps,
     save_step,
     skip_case,
@@ -26,10 +27,6 @@ NOISY = {"optim": {"ema_decay": 0.9}, "model": {"drop_path_rate": 0.3}, "train":
 V1 = "swin_nano_patch4_window4_32"
 V2 = "swinv2_nano_patch4_window4_32"
 MLP = "swin_mlp_nano_patch4_window4_32"
-
-
-def proof(*values):
-    return pytest.param(*values, marks=pytest.mark.proof)
 
 
 def equal(a, b):
