@@ -93,6 +93,7 @@ class Model:
     ape: bool | None = None
     patch_norm: bool | None = None
     extra_norm_interval: int | None = None
+    mlp_fc2_bias: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,8 @@ class MoE:
     cosine_init_t: float | None = None
     drop: float | None = None
     """Dropout rate inside of experts."""
+    fc2_bias: bool | None = None
+    """Experts have a second bias; with model.mlp_fc2_bias, what upcycling an MLP that has one needs."""
     a2a_chunks: int | None = None
     """Pieces in which tokens travel between ranks, so that experts compute meanwhile."""
     ep_size: int = 1

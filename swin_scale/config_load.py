@@ -305,9 +305,11 @@ IMPOSSIBLE = (
     "model.ape",
     "model.patch_norm",
     "model.extra_norm_interval",
+    "model.mlp_fc2_bias",
     "moe.experts",
     "moe.router",
     "moe.cosine_dim",
+    "moe.fc2_bias",
     "optim.name",
     # Steps are counted in global batches: another size would put the data cursor elsewhere.
     "train.global_batch",

@@ -18,9 +18,7 @@ from swin_scale.moe.config import MoEConfig
 from swin_scale.moe.tutel import TutelMoEMlp
 
 MOE_FIELDS = {
-    "experts" if field.name == "num_experts" else field.name: field.name
-    for field in dataclasses.fields(MoEConfig)
-    if field.name != "fc2_bias"
+    "experts" if field.name == "num_experts" else field.name: field.name for field in dataclasses.fields(MoEConfig)
 }
 """Keys of `Config.moe` that say what a model is, and their names in `MoEConfig`; the others say how it is run."""
 

@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from swin_scale.config import Config
 from swin_scale.convert import load_weights
 from swin_scale.engine.dist import Dist
-from swin_scale.engine.experts import ExpertParallel, Held
+from swin_scale.engine.experts import ExpertParallel
 from swin_scale.errors import CheckpointError
 from swin_scale.models import create_model
 from swin_scale.models.swin import Swin
@@ -37,28 +36,20 @@ def build_model(
 
     Args:
         overrides: of the named variant, as a checkpoint describes its model.
-        experts: how its experts are spread over ranks. Where each has a part of them, each reads all of `weights`.
+        experts: how its experts are spread over ranks, each of which reads its own.
 
     Raises CheckpointError on all ranks when `weights` do not fit.
     """
     recompute = config.engine.activation_checkpointing
-    build_whole = partial(
-        create_model, config.model.name, seed=config.run.seed, activation_checkpointing=recompute, **overrides
+    groups = experts.model_options() if experts is not None else {}
+    build = partial(
+        create_model, config.model.name, seed=config.run.seed, activation_checkpointing=recompute, **groups, **overrides
     )
-    build = partial(build_whole, **experts.model_options()) if experts is not None else build_whole
-    # Layers of another backend would not start as ours do.
-    foreign = experts is not None and experts.backend != "native"
 
     def build_from_weights() -> Swin:
         model = build()
-        held = experts.held(model) if experts is not None else {}
-        if weights is None and not foreign:
-            return model
-        whole = build_whole() if held or foreign else model
         if weights is not None:
-            logger.info("%s", load_weights(whole, weights, head=config.init.head, upcycle=config.init.upcycle))
-        if whole is not model:
-            _take_parts(model, whole, held)
+            logger.info("%s", load_weights(model, weights, head=config.init.head, upcycle=config.init.upcycle))
         return model
 
     if config.engine.zero_stage < 3:
@@ -74,13 +65,3 @@ def build_model(
         raise CheckpointError(problem)
     with torch.device("meta"):
         return build(), values
-
-
-@torch.no_grad()
-def _take_parts(model: Swin, whole: Swin, held: Mapping[nn.Parameter, Held]) -> None:
-    """Copy all parameters of `whole`, of experts those that `model` holds."""
-    sources = dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        start = held[parameter].start if parameter in held else 0
-        assert parameter in held or parameter.shape == sources[name].shape, name
-        parameter.view(-1).copy_(sources[name].view(-1)[start : start + parameter.numel()])
