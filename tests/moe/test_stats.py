@@ -80,21 +80,21 @@ def test_waits_add_up():
 
 
 def late_rank(dist):
-    """Rank 1 is late in forward by 0.2 s and again in backward; rank 0 waits for it."""
+    """Rank 1 is late in forward by 0.4 s and again in backward; rank 0 waits for it."""
     module = layer(MoEConfig(num_experts=4, drop=0), ep_group=torch.distributed.group.WORLD)
     x = inputs(40)[0].requires_grad_()
     if dist.rank:
-        time.sleep(0.2)
+        time.sleep(0.4)
     y, _, stats = module(x)
     forward = stats.waits.seconds()
     torch.distributed.barrier(group=dist.cpu_group)
     if dist.rank:
-        time.sleep(0.2)
+        time.sleep(0.4)
     y.sum().backward()
     return stats.ep_size, forward, stats.waits.seconds() - forward
 
 
 def test_waiting_for_a_late_rank_is_measured_in_forward_and_backward():
     (size, forward, backward), late = spawn_dist(2, late_rank)
-    assert size == 2 and forward > 0.15 and backward > 0.15
-    assert late[1] < 0.1 and late[2] < 0.1
+    assert size == 2 and forward > 0.3 and backward > 0.3
+    assert late[1] < 0.2 and late[2] < 0.2
