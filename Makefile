@@ -51,10 +51,10 @@ demo: $(INSTALLED)
 	    raise SystemExit(top1 < 90)"
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -m "not proof and not gpu" -n 2
+	$(BIN)/python -m pytest -m "not proof and not gpu" -n 2 --dist worksteal
 
 proof: $(TESTED)
-	$(BIN)/python -m pytest -m "proof and not gpu" -n 2 -rA
+	$(BIN)/python -m pytest -m "proof and not gpu" -n 2 --dist worksteal -rA
 
 check: $(TESTED)
 	$(BIN)/ruff check .
