@@ -146,7 +146,7 @@ def step_takes(seconds):
 
 
 def push_gates(first, last):
-    """From before step `first` to before step `last` all tokens go to two experts: the weights of gates are pushed apart."""
+    """From before step `first` to before step `last` all tokens go to two experts: gates are pushed apart."""
 
     def action(engine, number):
         if int(first) <= number < int(last):
