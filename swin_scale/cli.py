@@ -249,9 +249,10 @@ def _inspect_routing(arguments: argparse.Namespace) -> int:
 
 
 def _configs_list(arguments: argparse.Namespace) -> int:
-    for path in sorted(CONFIGS.rglob("*.yaml")):
+    recipes = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
+    for name, path in recipes.items():
         first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        print(f"{path.relative_to(CONFIGS).with_suffix('').as_posix():<40} {first}")
+        print(f"{name:<{max(map(len, recipes))}} {first}")
     return 0
 
 
