@@ -43,7 +43,7 @@ demo: $(INSTALLED)
 	$(SWIN) convert demo/run demo/weights.safetensors --to safetensors
 	$(SWIN) convert demo/run demo/weights.pth --to official
 	$(SWIN) predict --weights demo/weights.safetensors "$$(find demo/images/val/7 -type f | sort | head -n 1)"
-	$(SWIN) launch local --nproc 2 configs/moe/swin_moe_nano.yaml moe.ep_size=2 train.epochs=5
+	$(SWIN) launch local --nproc 2 configs/moe/swin_moe_nano.yaml moe.ep_size=2 train.epochs=3
 	$(SWIN) inspect --routing demo/run_moe --data demo/shards/val --out demo/routing.html
 	@$(BIN)/python -c "import json; top1 = json.load(open('demo/eval.json'))['top1']; \
 	    checkpoint = open('demo/run/checkpoints/latest').read().strip(); \
