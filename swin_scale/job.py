@@ -49,6 +49,7 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
     config, origin = loaded.config, dict(loaded.origin)
     plan = batch_plan(config, ranks)
     default = variant(config.model.name)
+    config = _with_experts(config, origin, default.moe)
     sources = open_shard_sets(config.data.train)
     val_sources = open_shard_sets([*config.data.train[:1], *config.data.val], key="data.val")[1:]
     classes = sources[0].manifest.classes
@@ -63,7 +64,6 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
     if config.model.num_classes is None:
         config = _replace(config, "model", num_classes=len(classes))
         origin["model.num_classes"] = config.data.train[0]
-    config = _with_experts(config, origin, default.moe)
     img_size = config.data.img_size
     assert img_size is not None
     overrides = {k: v for k, v in dataclasses.asdict(config.model).items() if k != "name" and v is not None}

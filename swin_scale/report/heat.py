@@ -42,6 +42,23 @@ class Heat:
     named: bool = False
     """Whether rows have names rather than numbers."""
 
+    @classmethod
+    def of_places(cls, *, key: str, title: str, words: str, values: np.ndarray, top: float, unit: str) -> Heat:
+        """A map of the places of an image, (H, W): rows and columns are numbered."""
+        rows, columns = ([str(place) for place in range(length)] for length in values.shape)
+        return cls(
+            key=key,
+            title=title,
+            words=words,
+            values=values,
+            top=top,
+            unit=unit,
+            rows=rows,
+            columns=columns,
+            row_axis="row",
+            column_axis="column",
+        )
+
 
 def draw(heat: Heat, *, tall: float = 170.0, square: bool = False) -> str:
     """The map with its axes, as wide as a picture; rows with names are as high as their text, others share `tall`.

@@ -125,17 +125,13 @@ def _dropped(latest: tuple[int, int, Mapping[str, LayerMap]]) -> list[str]:
     for at, (name, values) in enumerate(list(percent.items())[:MAX_LAYERS]):
         row, column = np.unravel_index(int(values.argmax()), values.shape)
         share = f"{values.mean():.3g} %"
-        heat = Heat(
+        heat = Heat.of_places(
             key=f"dropped-{at}",
             title=f"Dropped choices by place, {name}",
             words=f"{share} in all, {short(float(values.max()))} % at row {row}, column {column}",
             values=values,
             top=top,
             unit=" % dropped",
-            rows=[str(place) for place in range(values.shape[0])],
-            columns=[str(place) for place in range(values.shape[1])],
-            row_axis="row",
-            column_axis="column",
         )
         minis.append(f"<div><b>{escape(name)} <span>{escape(share)}</span></b>{small(heat)}</div>")
     caption = "<h3>Dropped choices by place in the image</h3>"

@@ -200,17 +200,13 @@ def _places(at: int, layer: LayerSurvey) -> str:
     for expert in busiest.tolist():
         values = part[..., expert]
         label = f"expert {expert}"
-        heat = Heat(
+        heat = Heat.of_places(
             key=f"places-{at}-{expert}",
             title=f"Places of {label}, {layer.name}",
             words=f"from {np.nanmin(values, initial=100.0):.3g} % to {np.nanmax(values, initial=0.0):.3g} %",
             values=values,
             top=top,
             unit=" %",
-            rows=[str(place) for place in range(values.shape[0])],
-            columns=[str(place) for place in range(values.shape[1])],
-            row_axis="row",
-            column_axis="column",
         )
         share = _percent(layer.load[expert])
         minis.append(f"<div><b>{escape(label)} <span>{escape(share)}</span></b>{small(heat)}</div>")
@@ -239,17 +235,13 @@ def _dropped(at: int, layer: LayerSurvey) -> str:
     percent = 100 * layer.dropped / max(layer.tokens * layer.top_k / layer.dropped.size, 1)
     row, column = np.unravel_index(int(percent.argmax()), percent.shape)
     words = f"Most, {percent.max():.3g} %, at row {row}, column {column}."
-    heat = Heat(
+    heat = Heat.of_places(
         key=f"dropped-{at}",
         title=f"Dropped choices by place, {layer.name}",
         words=words,
         values=percent,
         top=float(percent.max()),
         unit=" %",
-        rows=[str(place) for place in range(percent.shape[0])],
-        columns=[str(place) for place in range(percent.shape[1])],
-        row_axis="row",
-        column_axis="column",
     )
     return _figure("Dropped", "share of a place’s choices", draw(heat, tall=330, square=True), words, heat=heat)
 
