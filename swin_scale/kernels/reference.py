@@ -4,8 +4,13 @@ Feature maps are (B, H, W, C), windows (B * nW, N, C) with N = window height x w
 row-major inside an image and images are outermost. Sizes are (height, width) pairs.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 Size = tuple[int, int]
 
@@ -65,7 +70,15 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def window_attention(
-    qkv: Tensor, scale: Tensor, bias: Tensor, window_size: Size, shift_size: Size = (0, 0), cosine: bool = False
+    qkv: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    window_size: Size,
+    shift_size: Size = (0, 0),
+    cosine: bool = False,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Self-attention inside (shifted) windows, from image layout to image layout.
 
@@ -77,6 +90,9 @@ def window_attention(
         bias: (heads, N, N), same dtype as `scale`.
         window_size, shift_size: pairs; H and W are multiples of the window.
         cosine: normalise q and k.
+        dropout: rate in [0, 1) at which entries of the softmax are dropped, by `dropout_keep`; the others are divided
+            by one less the rate.
+        seed: () int64 on the device of `qkv`; needed where `dropout` is above 0.
 
     Returns: (B, H, W, C) in the dtype of `qkv`.
     """
@@ -90,5 +106,46 @@ def window_attention(
     if any(shift_size):
         mask = shift_mask(shift_regions((H, W), window_size, shift_size, qkv.device), bias.dtype)
         logits = (logits.view(B, -1, heads, N, N) + mask[:, None]).view_as(logits)
-    out = (logits.softmax(-1) @ v).transpose(1, 2).reshape(-1, N, C3 // 3)
+    p = logits.softmax(-1)
+    if dropout:
+        assert seed is not None, "dropout needs a seed"
+        entry, head, window, image = (torch.arange(n, device=qkv.device) for n in (N * N, heads, H * W // N, B))
+        keep = dropout_keep(
+            seed, dropout, entry.view(N, N), head[:, None, None], window[:, None, None, None], image.view(-1, 1, 1, 1, 1)
+        )
+        p = p * keep.view_as(p) / (1 - dropout)
+    out = (p @ v).transpose(1, 2).reshape(-1, N, C3 // 3)
     return window_reverse(out, window_size, shift_size, (H, W)).to(qkv.dtype)
+
+
+def dropout_keep(seed: Tensor, rate: float, entry: Tensor, head: Tensor, window: Tensor, image: Tensor) -> Tensor:
+    """Which entries of softmax matrices attention dropout keeps: a pure function of the seed and of where they are.
+
+    The first word of Philox at counter (entry, head, window, image), as uint32, is at least floor(rate · 2³²).
+
+    Args:
+        seed: () int64; its low and high 32 bits are the key.
+        rate: of dropping, in [0, 1).
+        entry, head, window, image: int64 tensors that broadcast; entry = query · N + key, windows are numbered inside
+            an image.
+
+    Returns: bool, of the common shape.
+    """
+    words = philox_4x32((seed & _WORD, seed >> 32 & _WORD), (entry, head, window, image))
+    return words[0] >= int(rate * 2**32)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def philox_4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four random words per counter by Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3").
+
+    All tensors are int64, hold values below 2³² and broadcast. Products wrap modulo 2⁶⁴, which leaves their bits right.
+    """
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return c0, c1, c2, c3
