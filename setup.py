@@ -30,6 +30,7 @@ setup(
         "tensorboard",
         "tqdm",
         "xxhash",
+        "zlib-ng",
     ],
     extras_require={
         "triton": ["triton"],
@@ -39,6 +40,7 @@ setup(
             "hypothesis",
             "timm",
             "torchvision",
+            "triton; platform_system == 'Linux'",
             "transformers",
             "yacs",
             "ruff",

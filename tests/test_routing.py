@@ -92,7 +92,9 @@ def test_the_report_and_tensorboard_show_it(run):
 def test_telemetry_tells_what_it_takes(digits, tmp_path, ranks):
     """Its own clock, on rank 0: observing, adding up, the reduction (waiting for the other rank included), figures,
     events, TensorBoard's pictures. The share is printed, to be judged on a quiet machine: the aim is 1 %."""
+    # A checkpoint ends a log interval too, and there shall be one at the end alone.
     settings = {"moe__ep_size": ranks, "train__max_steps": 200, "train__log_every": 10, "train__tensorboard": "true"}
+    settings["checkpoint__every_steps"] = 200
     result = runs.run(tmp_path / "run", digits[0], nproc=ranks, model__name=NAME, **settings)
     assert result.returncode == 0, result.stderr
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl").values()

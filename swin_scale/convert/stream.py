@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections import OrderedDict
 from pathlib import Path
+
+from zlib_ng import zlib_ng
 
 from swin_scale.checkpoint.tensorfile import CHUNK_BYTES
 from swin_scale.convert.torchfile import Extent
@@ -64,7 +65,7 @@ class Stream:
             self._follow(view)
 
     def _follow(self, view: memoryview) -> None:
-        self._crc = zlib.crc32(view, self._crc)
+        self._crc = zlib_ng.crc32(view, self._crc)  # five times the speed of zlib's, and the same
         self._position += len(view)
         if self._position == self.extent.size and self.extent.crc not in (None, self._crc):
             raise CheckpointError(f"{self.extent.path} is damaged: a storage at byte {self.extent.offset} has CRC "
