@@ -110,10 +110,8 @@ def window_attention(
     if dropout:
         assert seed is not None, "dropout needs a seed"
         entry, head, window, image = (torch.arange(n, device=qkv.device) for n in (N * N, heads, H * W // N, B))
-        keep = dropout_keep(
-            seed, dropout, entry.view(N, N), head[:, None, None], window[:, None, None, None], image.view(-1, 1, 1, 1, 1)
-        )
-        p = p * keep.view_as(p) / (1 - dropout)
+        head, window, image = head.view(-1, 1, 1), window.view(-1, 1, 1, 1), image.view(-1, 1, 1, 1, 1)
+        p = p * dropout_keep(seed, dropout, entry.view(N, N), head, window, image).view_as(p) / (1 - dropout)
     out = (p @ v).transpose(1, 2).reshape(-1, N, C3 // 3)
     return window_reverse(out, window_size, shift_size, (H, W)).to(qkv.dtype)
 

@@ -94,6 +94,6 @@ def test_traces_on_meta_and_registers_as_an_operator():
     assert chunked.window_attention(qkv, scale, bias, (4, 4)).shape == (3, 8, 12, 8)
     torch.library.opcheck(
         torch.ops.swin_scale.window_attention.default,
-        (*inputs((4, 4), torch.float32), [4, 4], [2, 2], True),
+        (*inputs((4, 4), torch.float32), [4, 4], [2, 2], True, 0.0, None),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
