@@ -147,3 +147,133 @@ def philox_4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tenso
         c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
     return c0, c1, c2, c3
+
+
+# Residuals, norms and patch merging.
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """x + keep · LN(branch): the residual branch of SwinV2, normed at its end (SwinV2, section 3.1).
+
+    Args:
+        x, branch: (B, ..., C).
+        weight, bias: (C,), of the LayerNorm over C.
+        keep: (B,) fp32, stochastic depth: 0 for a dropped sample, 1 / (keep probability) for another; None keeps all.
+            It multiplies, so a branch that is not finite is not hidden by dropping it.
+
+    Returns: the shape and dtype of `x`.
+    """
+    return _add(x, _layer_norm(branch, weight, bias, eps), keep)
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(total, LN(total)) with total = x + keep · branch: a residual sum and the norm that opens the next branch.
+
+    Arguments as in `residual_norm`. The norm is that of the total as returned, in the dtype of `x`.
+    """
+    total = _add(x, branch, keep)
+    return total, _layer_norm(total, weight, bias, eps).to(x.dtype)
+
+
+def patch_merge(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(B, H, W, C) to (B, H/2, W/2, 4C): each 2 x 2 neighbourhood into one token; H and W are even.
+
+    Channel groups run down a column first: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column). Normed over 4C by `weight`
+    and `bias` (4C,) where they are given (Swin V1).
+    """
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+    return x if weight is None or bias is None else _layer_norm(x, weight, bias, eps).to(x.dtype)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last axis in the wider dtype of `x` and `weight`; statistics are fp32 at least."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
+
+
+def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    """x + keep · branch in the dtype of `x`; keep: (B,) or None."""
+    if keep is None:
+        return (x + branch).to(x.dtype)
+    return torch.addcmul(x, branch, keep.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+
+
+# Tokens to the rows of experts and back. T tokens, K choices per token, R rows kept of the T * K choices, D channels.
+
+
+def permute(x_TD: Tensor, choice_R: Tensor, slot_TK: Tensor) -> Tensor:
+    """The row of each token, once for each of its choices that was kept: (R, D).
+
+    Args:
+        choice_R: (R,) int64, the choice, as token * K + k, that a row serves.
+        slot_TK: (T, K) int64, the row that serves a choice, -1 where it was dropped. The inverse of `choice_R`.
+
+    The gradient of a token is the sum of its rows', taken by gather: no order of summation depends on timing.
+    """
+    return _Permute.apply(x_TD, choice_R, slot_TK)
+
+
+def unpermute(y_RD: Tensor, gate_TK: Tensor, choice_R: Tensor, slot_TK: Tensor) -> Tensor:
+    """sum over k of gate_TK[:, k] times the row that serves the choice: (T, D) in the dtype of `y_RD`.
+
+    Summed in the wider dtype of `y_RD` and `gate_TK`. Dropped choices add nothing, and their gates have no gradient.
+    """
+    return _Unpermute.apply(y_RD, gate_TK, choice_R, slot_TK)
+
+
+def _take(x_RD: Tensor, slot_T: Tensor) -> Tensor:
+    """Rows `slot_T` of x_RD, (T, D); any row, 0 if there is none, where the slot is -1."""
+    if len(x_RD) == 0:
+        return x_RD.new_zeros(len(slot_T), x_RD.shape[1])
+    return x_RD.index_select(0, slot_T.clamp_min(0))
+
+
+class _Permute(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, choice_R: Tensor, slot_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_TK)
+        K = slot_TK.shape[1]
+        return x_TD.index_select(0, choice_R if K == 1 else choice_R // K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (slot_TK,) = ctx.saved_tensors
+        wide = torch.promote_types(grad_RD.dtype, torch.float32) if slot_TK.shape[1] > 1 else grad_RD.dtype
+        total: Tensor | None = None
+        for slot_T in slot_TK.unbind(1):
+            part = _take(grad_RD, slot_T).to(wide)
+            if len(grad_RD) < slot_TK.numel():
+                part.masked_fill_(slot_T[:, None] < 0, 0)
+            total = part if total is None else total.add_(part)
+        assert total is not None, "every token has at least one choice"
+        return total.to(grad_RD.dtype), None, None
+
+
+class _Unpermute(Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, gate_TK: Tensor, choice_R: Tensor, slot_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_RD, gate_TK, choice_R, slot_TK)
+        wide = torch.promote_types(y_RD.dtype, gate_TK.dtype)
+        weight_TK = gate_TK.to(wide).masked_fill(slot_TK < 0, 0)
+        total: Tensor | None = None
+        for weight_T, slot_T in zip(weight_TK.unbind(1), slot_TK.unbind(1)):
+            row_TD = _take(y_RD, slot_T).to(wide)
+            total = row_TD.mul_(weight_T[:, None]) if total is None else total.addcmul_(row_TD, weight_T[:, None])
+        assert total is not None, "every token has at least one choice"
+        return total.to(y_RD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_RD, gate_TK, choice_R, slot_TK = ctx.saved_tensors
+        wide = torch.promote_types(y_RD.dtype, gate_TK.dtype)
+        grad_RD = grad_TD.index_select(0, choice_R // gate_TK.shape[1]).to(wide)
+        grad_R = torch.linalg.vecdot(grad_RD, y_RD.to(wide))
+        grad_gate_TK = _take(grad_R[:, None], slot_TK.flatten()).view(slot_TK.shape).masked_fill_(slot_TK < 0, 0)
+        gate_R = gate_TK.to(wide).flatten()[choice_R]
+        return grad_RD.mul_(gate_R[:, None]).to(y_RD.dtype), grad_gate_TK.to(gate_TK.dtype), None, None
