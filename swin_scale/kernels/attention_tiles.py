@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 MASKED_LOG2E = tl.constexpr(-100.0 * 1.4426950408889634)
 """`reference.MASKED` in base 2."""
 TINY = tl.constexpr(1e-12)
@@ -136,4 +137,4 @@ def dropout_keep(seed, threshold, row, column, head, inside, image, N: tl.conste
     """
     counter = row[:, None] * N + column[None, :]
     word, _, _, _ = tl.philox(seed, counter, head, inside, image)
-    return word >= threshold.to(tl.uint32)
+    return word >= tl.cast(threshold, tl.uint32)

@@ -5,7 +5,8 @@
 The same shape gets the same tiles always, in a process and from run to run: nothing is timed behind the user's back,
 so results do not change either. A table is a JSON file, made by `write_table` and read when `TABLE` names it:
 
-    {"chip": "NVIDIA H200", "tiles": {"forward N=144 d=32 float16": {"rows": 64, "columns": 32, "warps": 4, "stages": 2}}}
+    {"chip": "NVIDIA H200",
+     "tiles": {"forward N=144 d=32 float16": {"rows": 64, "columns": 32, "warps": 4, "stages": 2}}}
 
 Tables of chips that were measured lie in `tables/` beside this file, named after the chip (`NVIDIA_H200.json`).
 None has been measured yet.

@@ -22,7 +22,7 @@ from tests.kernels.interpreter import triton_modules
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that one program may have: A100, H100 and H200, B200."""
 TARGETS = tuple(SHARED_LIMIT)
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -119,20 +119,25 @@ def describe(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str],
     for at, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments.get(parameter.name, parameter.default)
         aligned = False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (_specialised(parameter, value) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], aligned = _POINTERS[value.dtype], True
         elif isinstance(value, bool):
             signature[name] = "i1"
         elif isinstance(value, int):
-            signature[name], aligned = ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
         else:
             assert isinstance(value, float), f"{name}: no signature for {value!r}"
             signature[name] = "fp32"
         if aligned:
             attributes[(at,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
+
+
+def _specialised(parameter: Any, value: Any) -> bool:
+    return type(value) is int and not parameter.do_not_specialize
 
 
 def compile_call(call: Call, capability: int) -> Figures:
