@@ -137,7 +137,9 @@ class MoE:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "fused_adam", "apex_fused_adam", "apex_fused_lamb", "sgd"] = "adamw"
+    """`adamw`: torch's fused one, on CUDA and CPU. `fused_adam`: the same update by DeepSpeed's CUDA kernel, a copy of
+    Apex's; `apex_fused_adam`: by NVIDIA Apex's own. `apex_fused_lamb`: LAMB, at zero_stage 0 only. `sgd`: Nesterov."""
     lr: float | None = None
     """Absolute peak learning rate. Set this or lr_per_512."""
     lr_per_512: float | None = None
@@ -154,6 +156,10 @@ class Optim:
     label_smoothing: float = 0.1
     ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the weights; 0 means off."""
+
+
+ADAMW = ("adamw", "fused_adam", "apex_fused_adam")
+"""Values of optim.name with one update rule and one state: a run may go on with another of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +208,15 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is cut over the ranks: nothing (fp32 only), optimizer state, gradients too, parameters too."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the model's parameters, activations and gradients. With bf16 and fp16 the optimizer holds fp32 masters and
+    moments, and logit scales, l2 norms, softmax, position-bias MLPs, gates and losses compute in fp32; fp16 scales its
+    loss dynamically. That is what Apex calls O2 ("pure fp16"); there is no autocast over fp32 parameters (O1, torch's
+    AMP), which the official code trains with: for its recipes take bf16."""
     offload: Literal["none", "optimizer"] = "none"
     """Keep fp32 masters and moments in host memory and update them there (stages 1 to 3)."""
     activation_checkpointing: Literal["off", "block", "selective"] = "off"
+    layer_norm: Literal["torch", "apex"] = "torch"
+    """Who computes LayerNorms that no Triton kernel of ours serves: torch, or NVIDIA Apex's FusedLayerNorm."""
     bucket_mb: float = 200.0
     """Megabytes per gradient bucket."""
     threads: int | None = None

@@ -100,12 +100,34 @@ def validate(config: Config) -> None:
             f"engine.offload is {config.engine.offload}, which engine.zero_stage 0 does not have; "
             "set engine.zero_stage=1 or engine.offload=none"
         )
+    _validate_optimizer(config)
     low, high = config.augment.crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"augment.crop_scale is {[low, high]}; it must be two rising fractions of the area in (0, 1]")
     if config.schedule.name == "multistep" and not config.schedule.multisteps:
         raise UserError("schedule.multisteps is empty; list the epochs at which a multistep schedule decays")
     _validate_moe(config)
+
+
+def _validate_optimizer(config: Config) -> None:
+    """What stands between an optimizer and the ZeRO stage; what this machine lacks for it is judged by the engine."""
+    name, stage = config.optim.name, config.engine.zero_stage
+    if name == "apex_fused_lamb" and stage != 0:
+        raise UserError(
+            f"optim.name is apex_fused_lamb, which scales updates by the norms of whole tensors, and engine.zero_stage "
+            f"{stage} gives an optimizer pieces of them; set engine.zero_stage=0 and engine.precision=fp32, or "
+            "optim.name=adamw"
+        )
+    if name == "apex_fused_adam" and stage == 3:
+        raise UserError(
+            "optim.name is apex_fused_adam, which counts its updates by group, and engine.zero_stage 3 updates a group "
+            "in parts; set engine.zero_stage=2, or optim.name=fused_adam"
+        )
+    if name not in ("adamw", "sgd") and config.engine.offload == "optimizer":
+        raise UserError(
+            f"optim.name is {name}, which updates on the GPU, and engine.offload optimizer keeps its state in host "
+            "memory; set optim.name=adamw, or engine.offload=none"
+        )
 
 
 def _validate_moe(config: Config) -> None:

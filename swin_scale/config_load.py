@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from swin_scale.config import Config
+from swin_scale.config import ADAMW, Config
 from swin_scale.config_check import validate
 from swin_scale.errors import UserError
 from swin_scale.strict_yaml import parse_yaml
@@ -274,6 +274,7 @@ SAFE = (
     "engine.zero_stage",
     "engine.offload",
     "engine.activation_checkpointing",
+    "engine.layer_norm",
     "engine.bucket_mb",
     "engine.threads",
     "engine.timeout_s",
@@ -339,11 +340,11 @@ def diff_configs(before: Config, after: Config) -> list[Change]:
     changes = []
     for key, value in flatten(after):
         if old[key] != value:
-            changes.append(Change(key=key, before=old[key], after=value, grade=_grade(key)))
+            changes.append(Change(key=key, before=old[key], after=value, grade=_grade(key, old[key], value)))
     return changes
 
 
-def _grade(key: str) -> Grade:
-    if key in SAFE:
+def _grade(key: str, before: Any, after: Any) -> Grade:
+    if key in SAFE or (key == "optim.name" and before in ADAMW and after in ADAMW):
         return "safe"
     return "impossible" if key in IMPOSSIBLE else "needs --allow-change"

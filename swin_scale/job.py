@@ -12,7 +12,9 @@ from swin_scale.config import BatchPlan, Config, batch_plan
 from swin_scale.config_check import check_experts
 from swin_scale.config_load import LoadedConfig
 from swin_scale.data import EvalStream, TrainStream, open_shard_sets
+from swin_scale.engine.optimizers import check_optimizer
 from swin_scale.errors import UserError
+from swin_scale.kernels.apex import require_apex
 from swin_scale.models import Variant, create_model, variant
 from swin_scale.moe.config import MoEConfig
 from swin_scale.moe.tutel import TutelMoEMlp
@@ -50,6 +52,9 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
     plan = batch_plan(config, ranks)
     default = variant(config.model.name)
     config = _with_experts(config, origin, default.moe)
+    check_optimizer(config.optim)
+    if config.engine.layer_norm == "apex":
+        require_apex("normalization", key="engine.layer_norm", value="apex", instead="torch")
     sources = open_shard_sets(config.data.train)
     val_sources = open_shard_sets([*config.data.train[:1], *config.data.val], key="data.val")[1:]
     classes = sources[0].manifest.classes

@@ -26,6 +26,7 @@ from swin_scale.engine.engine import Engine, MicroBatch
 from swin_scale.engine.experts import ExpertParallel
 from swin_scale.engine.layout import read_env
 from swin_scale.engine.losses import smooth_targets
+from swin_scale.engine.optimizers import state_layout
 from swin_scale.engine.record import StepLog
 from swin_scale.engine.saving import load_survived, loading, newest_good, save
 from swin_scale.engine.schedule import Schedule
@@ -128,7 +129,7 @@ def _restore(checkpoint: Checkpoint, engine: Engine, log: StepLog) -> None:
 def _check_space(job: Job, dist: Dist, engine: Engine, log: StepLog, step: int) -> None:
     """Warn while there is time when the disk will not hold the checkpoints that are kept and the one being written."""
     config, root = job.config, Path(job.config.run.dir) / "checkpoints"
-    moments = {"adamw": 2, "sgd": 1}[config.optim.name]
+    moments = len(state_layout(config.optim).moments)
     size = checkpoint_bytes(engine.parameters_table(), moments=moments, ema=config.optim.ema_decay > 0)
     lack = None
     if dist.is_main:

@@ -30,6 +30,7 @@ HOMES = {
     "webdataset": {"swin_scale/data"},
     "triton": {"swin_scale/kernels"},
     "tutel": {"swin_scale/moe/tutel.py"},
+    "apex": {"swin_scale/kernels/apex.py"},
 }
 TORCH_FREE = ("launcher", "data_prep", *(f"swin_scale.{name}" for name in FLOOR_0 - {"__init__"}), "swin_scale")
 

@@ -25,7 +25,8 @@ from swin_scale.engine.ds_config import to_deepspeed
 from swin_scale.engine.experts import ExpertParallel, has_experts
 from swin_scale.engine.fragments import FRAGMENTS, experts_declared, import_deepspeed, materialize
 from swin_scale.engine.losses import soft_target_cross_entropy
-from swin_scale.engine.optim import build_optimizer, describe_groups, param_groups
+from swin_scale.engine.optim import describe_groups, param_groups
+from swin_scale.engine.optimizers import build_optimizer, state_layout
 from swin_scale.engine.schedule import Schedule
 from swin_scale.errors import UserError
 from swin_scale.models.init import initial_values
@@ -117,9 +118,10 @@ class Engine:
                 model.to(dist.device)
             if experts is not None and held:
                 stack.enter_context(experts_declared(model, experts, held, groups))
+            guarded_by = None if stage else self._group
             self._deepspeed, self._zero, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(groups, config.optim, guarded_by=None if stage else self._group),
+                optimizer=build_optimizer(groups, config.optim, deepspeed=deepspeed, guarded_by=guarded_by),
                 config=settings,
                 dist_init_required=False,
             )
@@ -127,6 +129,7 @@ class Engine:
         self.fragments = FRAGMENTS[stage](
             self.module,
             self._zero,
+            layout=state_layout(config.optim),
             rank=dist.rank,
             world=dist.world,
             group=self._group,

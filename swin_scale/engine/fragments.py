@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from swin_scale.engine.experts import ExpertParallel, Held
-from swin_scale.engine.pieces import Fragments, Piece, ReplicatedFragments, moment_names
+from swin_scale.engine.pieces import Fragments, Piece, ReplicatedFragments
 from swin_scale.errors import UserError
 
 SUPPORTED = ((0, 19, 8), (0, 20))
@@ -160,7 +160,7 @@ class ShardedFragments(Fragments):
 
     def pieces(self) -> list[Piece]:
         zero, state = self._optimizer, self._base.state
-        names = moment_names(self._base)
+        names = self._layout.moments
         found = []
         for name, parameter in self._module.named_parameters():
             cut: Any = parameter

@@ -1,4 +1,4 @@
-"""Which parameters decay and at what rate, and the optimizer over them.
+"""Which parameters decay and at what rate: the groups that an optimizer of `optimizers` is built over.
 
 Rules of the official optimizer.py: no weight decay for 1-D parameters, biases and position, scale and routing
 parameters; optionally a learning rate that falls from the head to the patch embedding (layer-wise decay as in BEiT,
@@ -12,9 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from swin_scale.config import Optim
 from swin_scale.errors import UserError
@@ -139,62 +137,3 @@ def describe_groups(groups: Sequence[ParamGroup]) -> str:
         + f"  {row[5]}"
         for row in rows
     )
-
-
-def build_optimizer(
-    groups: Sequence[ParamGroup], optim: Optim, *, guarded_by: ProcessGroup | None = None
-) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum, over `groups`; the schedule sets the learning rate before every update.
-
-    The fused kernels are used on CUDA and CPU alike: one pass over memory (6 to 20 times faster than the loops on a
-    CPU), and every element gets the same bits wherever it lies in a shard and however many threads there are.
-
-    With `guarded_by`, the group of all ranks, the optimizer itself takes the norm, clips and skips (see `Guarded`), as
-    ZeRO's wrappers do.
-    """
-    options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "fused": True}
-    optimizer: torch.optim.Optimizer
-    if optim.name == "sgd":
-        sgd = GuardedSGD if guarded_by else torch.optim.SGD
-        optimizer = sgd(list(groups), momentum=optim.momentum, nesterov=optim.momentum > 0, **options)
-    else:
-        adamw = GuardedAdamW if guarded_by else torch.optim.AdamW
-        optimizer = adamw(list(groups), betas=optim.betas, eps=optim.eps, **options)
-    if isinstance(optimizer, Guarded):
-        optimizer.group, optimizer.clip_grad = guarded_by, optim.clip_grad
-    return optimizer
-
-
-class Guarded(torch.optim.Optimizer):
-    """An optimizer over whole parameters whose gradients are already the same on all ranks.
-
-    `step` leaves the global norm in `grad_norm` and scales gradients down to `clip_grad` (0: off). When the norm is not
-    finite on any rank of `group` it updates nothing on all of them, sets `overflow`, and `grad_norm` is inf.
-    """
-
-    group: ProcessGroup | None = None
-    clip_grad: float = 0.0
-    overflow: bool = False
-    grad_norm: torch.Tensor | float = 0.0
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        finite = norm.isfinite().float()
-        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN, group=self.group)
-        self.overflow = not bool(finite)
-        self.grad_norm = float("inf") if self.overflow else norm
-        if self.overflow:
-            return
-        if self.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
-        super().step()
-
-
-class GuardedAdamW(Guarded, torch.optim.AdamW):
-    """AdamW, guarded."""
-
-
-class GuardedSGD(Guarded, torch.optim.SGD):
-    """SGD, guarded."""

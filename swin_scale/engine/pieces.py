@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from swin_scale.checkpoint import Checkpoint, Fragment
 from swin_scale.engine.experts import Held
+from swin_scale.engine.optimizers import StateLayout, applied_updates, ensure_state
 from swin_scale.errors import CheckpointError
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -49,7 +50,7 @@ class Piece:
 class Fragments(ABC):
     """This rank's pieces of a wrapped model, and optionally their moving average: saved, loaded, averaged.
 
-    `optimizer` is what updates the parameters: DeepSpeed's around torch's, or torch's own.
+    `optimizer` is what updates the parameters: DeepSpeed's around the one of `optimizers`, or that one itself.
     """
 
     def __init__(
@@ -57,15 +58,19 @@ class Fragments(ABC):
         module: nn.Module,
         optimizer: Any,
         *,
+        layout: StateLayout,
         rank: int,
         world: int,
         group: Any,
         held: Mapping[nn.Parameter, Held],
         ema_decay: float = 0.0,
     ) -> None:
-        """`held`: the parameters that are not on all ranks of `group`, but spread over them by expert."""
+        """`layout`: of the state of `optimizer`. `held`: the parameters that are not on all ranks of `group`, but
+        spread over them by expert.
+        """
         self._module = module
         self._optimizer = optimizer
+        self._layout = layout
         self._rank, self._world, self._group = rank, world, group
         self._held = held
         self._ema_decay = ema_decay
@@ -79,7 +84,7 @@ class Fragments(ABC):
 
     @abstractmethod
     def _flat(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """(options, tensor) for every tensor that torch's optimizer updates."""
+        """(options, tensor) for every tensor that the optimizer of `optimizers` updates."""
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Full shape of a parameter of the module, wherever its elements are, experts of all ranks included."""
@@ -87,7 +92,7 @@ class Fragments(ABC):
 
     @property
     def _base(self) -> torch.optim.Optimizer:
-        """torch's optimizer."""
+        """The optimizer of `optimizers`."""
         base: torch.optim.Optimizer = self._optimizer.optimizer
         return base
 
@@ -109,10 +114,9 @@ class Fragments(ABC):
 
     def state(self) -> dict[str, Any]:
         """What is the same on all ranks: applied updates and the loss scaler."""
-        steps = [float(entry["step"]) for entry in self._base.state.values() if "step" in entry]
         scaler = getattr(self._optimizer, "loss_scaler", None)
         scaling = {key: getattr(scaler, key) for key in LOSS_SCALER_STATE if hasattr(scaler, key)}
-        return {"optimizer_step": max(steps, default=0.0), "loss_scaler": scaling}
+        return {"optimizer_step": applied_updates(self._base, self._layout), "loss_scaler": scaling}
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -150,16 +154,9 @@ class Fragments(ABC):
         self._fill([piece.master for piece in self.pieces()])
 
     def _create_moments(self, step: float | None = None) -> None:
-        """Make the state that torch's optimizer makes at its first update; `step` sets its count of updates."""
-        base = self._base
+        """Make the state that the optimizer makes at its first update; `step` sets its count of updates."""
         for options, flat in self._flat():
-            entry = base.state[flat]
-            entry.update({name: torch.zeros_like(flat) for name in moment_names(base) if name not in entry})
-            if isinstance(base, torch.optim.AdamW) and (step is not None or "step" not in entry):
-                # torch keeps the count on the parameter's device when its update runs there (fused, capturable).
-                on_device = options.get("fused") or options.get("capturable")
-                device = flat.device if on_device else torch.device("cpu")
-                entry["step"] = torch.tensor(step or 0.0, dtype=torch.float32, device=device)
+            ensure_state(self._base, self._layout, options, flat, step)
 
     # -- moving average ------------------------------------------------------------------------------------------------
 
@@ -238,7 +235,7 @@ class ReplicatedFragments(Fragments):
         return found
 
     def _targets(self) -> list[Piece]:
-        names = moment_names(self._base)
+        names = self._layout.moments
         found = []
         for name, parameter in self._module.named_parameters():
             entry = self._base.state.get(parameter, {})
@@ -264,14 +261,6 @@ class ReplicatedFragments(Fragments):
                 yield
         finally:
             torch._foreach_copy_(parameters, masters)
-
-
-def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """What torch's optimizer keeps per element."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        return ("exp_avg", "exp_avg_sq")
-    assert isinstance(optimizer, torch.optim.SGD)
-    return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -34,8 +34,8 @@ def why_not_apex(part: Part = "normalization") -> str | None:
     where = places[0] if places else spec.origin
     if PathFinder.find_spec("apex.normalization", places) is None:
         return (
-            f"the package apex in {where} is not NVIDIA's but the web toolkit of that name on PyPI (pip uninstall apex, "
-            f"then build NVIDIA's {_BUILD})"
+            f"the package apex in {where} is not NVIDIA's but the web toolkit of that name on PyPI (pip uninstall "
+            f"apex, then build NVIDIA's {_BUILD})"
         )
     extension = _EXTENSIONS[part]
     if importlib.util.find_spec(extension) is None:

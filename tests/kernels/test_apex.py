@@ -1,0 +1,74 @@
+"""NVIDIA Apex found, told from its namesake, named in messages, and computing LayerNorms: beside stand-ins for both."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swin_scale.errors import UserError
+from swin_scale.kernels.apex import layer_norm, require_apex, why_not_apex
+from tests.standins import NVIDIA, WEB
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """beside(directory): its packages can be imported during the test, and are forgotten after it."""
+    before = set(sys.modules)
+    yield lambda directory: monkeypatch.syspath_prepend(str(directory))
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("apex", "fused_layer_norm_cuda", "amp_C"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("part", ["normalization", "optimizers"])
+def test_missing(part, gpu):
+    reason = why_not_apex(part)
+    assert "not installed" in reason and "not on PyPI" in reason and "https://github.com/NVIDIA/apex" in reason
+
+
+@pytest.mark.parametrize("part", ["normalization", "optimizers"])
+def test_the_namesake_is_named_and_not_run(part, beside, gpu):
+    beside(WEB)
+    reason = why_not_apex(part)
+    assert str(WEB) in reason and "web toolkit" in reason and "pip uninstall apex" in reason
+    assert "apex" not in sys.modules
+    with pytest.raises(
+        UserError, match=r"engine\.layer_norm is apex, but .* web toolkit .* set engine\.layer_norm=torch"
+    ):
+        require_apex(part, key="engine.layer_norm", value="apex", instead="torch")
+
+
+@pytest.mark.parametrize(("part", "extension"), [("normalization", "fused_layer_norm_cuda"), ("optimizers", "amp_C")])
+def test_built_without_extensions(part, extension, beside, gpu, tmp_path):
+    """What `pip install .` gives in a checkout of Apex: Python files only."""
+    (tmp_path / "apex").symlink_to(NVIDIA / "apex")
+    beside(tmp_path)
+    assert f"built without {extension}" in why_not_apex(part)
+
+
+def test_found(beside, gpu, monkeypatch):
+    beside(NVIDIA)
+    assert why_not_apex("normalization") is None and why_not_apex("optimizers") is None
+    assert "apex" not in sys.modules
+    require_apex("optimizers", key="optim.name", value="apex_fused_lamb", instead="adamw")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CUDA devices only" in why_not_apex()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_layer_norm_has_the_dtype_of_its_input(dtype, beside):
+    """Weights of another dtype are cast, which Apex's kernel does not do."""
+    beside(NVIDIA)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 24, generator=generator).to(dtype)
+    weight, bias = torch.rand(2, 24, generator=generator)
+    y = layer_norm(x, weight, bias, 1e-3)
+    assert y.dtype == dtype
+    expected = F.layer_norm(x.double(), (24,), weight.to(dtype).double(), bias.to(dtype).double(), 1e-3)
+    torch.testing.assert_close(y.double(), expected, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)

@@ -1,0 +1,1 @@
+"""Presence tells that the optimizers were compiled."""

@@ -1,0 +1,1 @@
+"""Presence tells that FusedLayerNorm was compiled."""

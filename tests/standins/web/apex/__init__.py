@@ -1,0 +1,3 @@
+"""The web toolkit."""
+
+raise ImportError("cannot import name 'UnencryptedCookieSessionFactoryConfig' from 'pyramid.session'")
