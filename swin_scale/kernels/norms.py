@@ -8,11 +8,12 @@ Inputs are made contiguous where they are not. Nothing waits for the device.
 """
 
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from swin_scale.kernels.tuning import chip_of
 
 MAX_BLOCK = 4096
 """Channels a program holds at once; longer rows are read in pieces."""
@@ -55,12 +56,6 @@ def fused_patch_merge(x: Tensor, weight: Tensor | None = None, bias: Tensor | No
 def on_device_of(x: Tensor) -> Any:
     """A context in which kernels are launched where `x` lies: Triton takes the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the chip; a few where there is none, so that a test sees sums over several programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def tile(C: int) -> tuple[int, int, int]:
@@ -128,7 +123,7 @@ def launch_backward(
     if rows == 0:
         return torch.zeros_like(weight), torch.zeros_like(weight)
     block_r, block_c, warps = tile(C)
-    programs = min(_ceil(rows, block_r), _processors(grad.device) * WARPS_PER_PROCESSOR // warps)
+    programs = min(_ceil(rows, block_r), chip_of(grad.device).processors * WARPS_PER_PROCESSOR // warps)
     partial = grad.new_empty(2, programs, C, dtype=torch.float32)
     d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
     with on_device_of(grad):

@@ -1,19 +1,18 @@
 """Rows to their experts and back, by index: on one process a gather each way, over a group two all-to-alls more.
 
 Shapes as in `router`; S = rows of this rank's own experts. Backward is by gather too, never by index_add, so results
-and gradients are deterministic and no (tokens, experts, capacity) tensor exists at any time.
+and gradients are deterministic and no (tokens, experts, capacity) tensor exists at any time. `kernels` says what moves
+the rows on this rank: Triton or torch.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from swin_scale.kernels import Mode, permute, unpermute
 from swin_scale.moe.comm import Flight, Waits, exchange_counts
 from swin_scale.moe.router import Routing
 
@@ -29,6 +28,7 @@ def forward_experts(
     chunks: int,
     waits: Waits | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
+    kernels: Mode = "auto",
 ) -> Tensor:
     """Each token's gate-weighted sum of its experts' outputs, (T, D) in x's dtype; 0 for a token dropped everywhere.
 
@@ -37,21 +37,21 @@ def forward_experts(
     weighted.
     """
     if group is None:
-        y_RD = experts(gather(x_TD, routing), routing.count_E)
+        y_RD = experts(gather(x_TD, routing, kernels), routing.count_E)
     else:
         routing, count_CE = in_chunks(routing, chunks)
-        y_RD = exchange(gather(x_TD, routing), count_CE, experts, group, waits or Waits())
-    return combine(y_RD if norm is None else norm(y_RD), routing).to(x_TD.dtype)
+        y_RD = exchange(gather(x_TD, routing, kernels), count_CE, experts, group, waits or Waits(), kernels)
+    return combine(y_RD if norm is None else norm(y_RD), routing, kernels).to(x_TD.dtype)
 
 
-def gather(x_TD: Tensor, routing: Routing) -> Tensor:
+def gather(x_TD: Tensor, routing: Routing, kernels: Mode = "auto") -> Tensor:
     """The rows (R, D) that `routing` sends to experts."""
-    return _Gather.apply(x_TD, routing.choice_R, routing.slot_TK)
+    return permute(x_TD, routing.choice_R, routing.slot_TK, kernels=kernels)
 
 
-def combine(y_RD: Tensor, routing: Routing) -> Tensor:
-    """sum over k of gate_TK[:, k] times the row that serves the choice: (T, D) in the gate's dtype."""
-    return _Combine.apply(y_RD, routing.gate_TK, routing.choice_R, routing.slot_TK)
+def combine(y_RD: Tensor, routing: Routing, kernels: Mode = "auto") -> Tensor:
+    """sum over k of gate_TK[:, k] times the row that serves the choice: (T, D), summed in the gate's dtype."""
+    return unpermute(y_RD, routing.gate_TK, routing.choice_R, routing.slot_TK, kernels=kernels)
 
 
 def in_chunks(routing: Routing, chunks: int) -> tuple[Routing, Tensor]:
@@ -78,7 +78,9 @@ def in_chunks(routing: Routing, chunks: int) -> tuple[Routing, Tensor]:
     return replace(routing, choice_R=routing.choice_R[order_R], slot_TK=moved_TK), count_CE
 
 
-def exchange(x_RD: Tensor, count_CE: Tensor, experts: ExpertFn, group: ProcessGroup, waits: Waits) -> Tensor:
+def exchange(
+    x_RD: Tensor, count_CE: Tensor, experts: ExpertFn, group: ProcessGroup, waits: Waits, kernels: Mode = "auto"
+) -> Tensor:
     """What the experts of all ranks make of `x_RD`, whose rows are ordered by chunk, then expert.
 
     While experts compute on one chunk, the next comes in and the last goes back. Reads the counts back to the host.
@@ -98,7 +100,7 @@ def exchange(x_RD: Tensor, count_CE: Tensor, experts: ExpertFn, group: ProcessGr
     tokens = [flight.start(x) for flight, x in zip(there, x_RD.split([sum(rows) for rows in send_CP]))]
     for c in range(C):
         x_SD = there[c].finish(tokens[c])
-        tokens[c] = back[c].start(_by_expert(x_SD, receive_PCE[:, c], experts))
+        tokens[c] = back[c].start(_by_expert(x_SD, receive_PCE[:, c], experts, kernels))
     return torch.cat([flight.finish(token) for flight, token in zip(back, tokens)])
 
 
@@ -109,7 +111,7 @@ def invert(order: Tensor) -> Tensor:
     return inverse
 
 
-def _by_expert(x_SD: Tensor, count_PE: Tensor, experts: ExpertFn) -> Tensor:
+def _by_expert(x_SD: Tensor, count_PE: Tensor, experts: ExpertFn, kernels: Mode) -> Tensor:
     """Run `experts` on rows ordered by source rank, then local expert."""
     count_E = count_PE.sum(0)
     if len(count_E) == 1:
@@ -121,54 +123,5 @@ def _by_expert(x_SD: Tensor, count_PE: Tensor, experts: ExpertFn) -> Tensor:
     )
     order_S = expert_S.argsort(stable=True)
     inverse_S = invert(order_S)
-    y_SD = experts(_Gather.apply(x_SD, order_S, inverse_S[:, None]), count_E)
-    return _Gather.apply(y_SD, inverse_S, order_S[:, None])
-
-
-def _take(x_RD: Tensor, slot_T: Tensor) -> Tensor:
-    """Rows `slot_T` of x_RD, (T, D); any finite row where the slot is -1."""
-    if len(x_RD) == 0:
-        return x_RD.new_zeros(len(slot_T), x_RD.shape[1])
-    return x_RD.index_select(0, slot_T.clamp_min(0))
-
-
-class _Gather(Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, choice_R: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_TK)
-        K = slot_TK.shape[1]
-        return x_TD.index_select(0, choice_R if K == 1 else choice_R // K)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (slot_TK,) = ctx.saved_tensors
-        total: Tensor | None = None
-        for slot_T in slot_TK.unbind(1):
-            part = _take(grad_RD, slot_T)
-            if len(grad_RD) < slot_TK.numel():
-                part.masked_fill_(slot_T[:, None] < 0, 0)
-            total = part if total is None else total.add_(part)
-        assert total is not None, "every token has at least one choice"
-        return total, None, None
-
-
-class _Combine(Function):
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, gate_TK: Tensor, choice_R: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(y_RD, gate_TK, choice_R, slot_TK)
-        total: Tensor | None = None
-        for gate_T, slot_T in zip(gate_TK.unbind(1), slot_TK.unbind(1)):
-            row_TD = _take(y_RD, slot_T).to(gate_TK.dtype)
-            total = row_TD.mul_(gate_T[:, None]) if total is None else total.addcmul_(row_TD, gate_T[:, None])
-        assert total is not None, "every token has at least one choice"
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_RD, gate_TK, choice_R, slot_TK = ctx.saved_tensors
-        grad_RD = grad_TD.index_select(0, choice_R // gate_TK.shape[1])
-        grad_R = torch.linalg.vecdot(grad_RD, y_RD.to(grad_RD.dtype))
-        grad_gate_TK = _take(grad_R[:, None], slot_TK.flatten()).view(slot_TK.shape).masked_fill_(slot_TK < 0, 0)
-        return grad_RD.mul_(gate_TK.flatten()[choice_R][:, None]).to(y_RD.dtype), grad_gate_TK, None, None
+    y_SD = experts(permute(x_SD, order_S, inverse_S[:, None], kernels=kernels), count_E)
+    return permute(y_SD, inverse_S, order_S[:, None], kernels=kernels)
