@@ -1,0 +1,348 @@
+"""Gradients of window attention: three Triton kernels, launched by `attention_backward`.
+
+With S = logits, P = softmax(S), dO the gradient of the output and everything per window and head:
+
+    dP = dO Vᵀ,  δ = rowsum(P ∘ dP) = rowsum(dO ∘ O),  dS = P ∘ (dP - δ)      (Dao, "FlashAttention-2", section 3.1)
+    dV = Pᵀ dO,  G = dS K,  d scale = Σ G ∘ Q,  dQ = scale · G,  dK = dSᵀ (scale · Q),  d bias = Σ over windows of dS
+
+where the cosine score puts unit rows u = x / |x| for Q and K, and dx = (du - u (u · du)) / |x| goes back through it.
+Logits are in base 2, as in forward: log2(e) is folded into the scaled query and `LN2` takes it out of dK again.
+With dropout, dP and the P of dV are masked and divided by the keep probability; δ is the same sum.
+
+- `whole_windows` (N <= 64) holds one window in one tile, reads q, k, v, dO once and writes dq, dk, dv once. It needs
+  neither the output nor the log-sum-exp of forward.
+- `query_rows` and `key_rows` (N > 64) own rows of dS and of its transpose: the first gives dq, δ and d bias, the second
+  dk and dv.
+
+Where d bias is made, a program runs over several windows of one head with its sum in registers and writes one partial
+sum when done. Padded rows and columns have dO = 0 or P = 0, so they add nothing.
+
+fp16 dots: under loss scaling dO may sit anywhere between 6e-8 and 65504, and dS, smaller by the number of keys, would
+leave fp16's range. So each tile of dO is multiplied by the power of two that brings its largest entry into [1, 2),
+which is exact, and the sums are multiplied back in fp32 (`_into_range`). dS overflows only where |v| is near 1000.
+Infinities of an overflowed step stay infinite or NaN. bf16 and fp32 have the range and skip this.
+
+Letters: R, C rows and columns of a tile; D channels of a head, padded to a power of two in BLOCK_D.
+"""
+
+import triton
+import triton.language as tl
+
+from swin_scale.kernels.attention_forward import SIZES
+from swin_scale.kernels.attention_tiles import (
+    LOG2E,
+    NORM_FLOOR,
+    dropout_keep,
+    has_seam,
+    inverse_norms,
+    load_bias,
+    load_rows,
+    mask_regions,
+    row_norms,
+    scaled_queries,
+    store_rows,
+    token_pixels,
+    token_regions,
+    window_corner,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _into_range(grad):
+    """(tile · 2^-e, 2^e, 2^-e) with 2^e <= max |tile| < 2^(e+1) if the tile is fp16; else (tile, 1, 1)."""
+    if grad.dtype == tl.float16:
+        wide = grad.to(tl.float32)
+        exponent = tl.max(tl.max(tl.abs(wide), 1), 0).to(tl.int32, bitcast=True) & 0x7F800000
+        inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+        return (wide * inverse).to(tl.float16), exponent.to(tl.float32, bitcast=True), inverse
+    else:
+        return grad, 1.0, 1.0
+
+
+@triton.jit
+def _scored(x, COSINE: tl.constexpr):
+    """Rows as the score multiplies them, in fp32: of unit length if COSINE."""
+    wide = x.to(tl.float32)
+    if COSINE:
+        wide *= inverse_norms(x)[:, None]
+    return wide
+
+
+@triton.jit
+def _through_norm(du, x, COSINE: tl.constexpr):
+    """Gradient of x from that of `_scored(x)`; none for rows shorter than NORM_FLOOR."""
+    if COSINE:
+        u = _scored(x, COSINE)
+        factor = tl.where(row_norms(x) < NORM_FLOOR, 0.0, inverse_norms(x))
+        du = (du - u * tl.sum(u * du, 1)[:, None]) * factor[:, None]
+    return du
+
+
+@triton.jit
+def _add_bias_sum(dbias, slot, row, column, tile, N: tl.constexpr, ATOMIC: tl.constexpr):
+    """One program's sum over its windows: into a slot of its own or, if ATOMIC, onto those of other programs."""
+    at = (slot.to(tl.int64) * N + row)[:, None] * N + column[None, :]
+    mask = (row < N)[:, None] & (column < N)[None, :]
+    if ATOMIC:
+        tl.atomic_add(dbias + at, tile, mask=mask, sem="relaxed")
+    else:
+        tl.store(dbias + at, tile, mask=mask)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "slots"])
+def whole_windows(
+    grad,  # (B, H, W, C)
+    qkv,  # (B, H, W, 3C)
+    scale,  # (heads,)
+    bias,  # (heads, N, N)
+    seed,  # () int64, or None without dropout
+    dqkv,  # (B, H, W, 3C)
+    dscale,  # (slots, heads)
+    dbias,  # (slots, heads, N, N), or zeros (heads, N, N) if ATOMIC
+    threshold,  # dropout · 2^32
+    kept,  # 1 / (1 - dropout)
+    windows,  # in the batch
+    slots,  # programs that share the windows of a head
+    heads,
+    H,
+    W,
+    shift_y,
+    shift_x,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """All gradients of every `slots`-th window of one head, N = WH · WW <= BLOCK. Grid: (slots · heads,)."""
+    N: tl.constexpr = WH * WW
+    head = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    C = heads * HEAD_DIM
+    token = tl.arange(0, BLOCK)
+    tau = tl.load(scale + head)
+    # Padded columns have no weight. Padded rows keep theirs, as a softmax without any would be NaN.
+    logit_bias = tl.where((token < N)[None, :], load_bias(bias, head, token, token, N) * LOG2E, float("-inf"))
+    bias_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
+    scale_sum = tl.zeros([BLOCK], tl.float32)
+    q_head, dq_head = qkv + head * HEAD_DIM, dqkv + head * HEAD_DIM
+    for window in range(slot, windows, slots):
+        image, inside, top, left = window_corner(window, H, W, WH, WW)
+        pixel = token_pixels(token, image, top, left, H, W, shift_y, shift_x, WW)
+        q = load_rows(q_head, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+        k = load_rows(q_head + C, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+        v = load_rows(q_head + 2 * C, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+        do = load_rows(grad + head * HEAD_DIM, pixel, C, token, N, HEAD_DIM, BLOCK_D)
+        do, size, inverse = _into_range(do)
+        q_dot, k_dot = scaled_queries(q, tau, COSINE), _scored(k, COSINE).to(k.dtype)
+
+        logits = tl.dot(q_dot, tl.trans(k_dot), input_precision="ieee") + logit_bias
+        if SHIFTED and has_seam(top, left, H, W, shift_y, shift_x, WH, WW):
+            region = token_regions(token, top, left, H, W, shift_y, shift_x, WH, WW)
+            logits = mask_regions(logits, region, region)
+        p = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        p = p / tl.sum(p, 1)[:, None]
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        p_kept = p
+        if DROPOUT:
+            keep = dropout_keep(tl.load(seed), threshold, token, token, head, inside, image, N)
+            p_kept, dp = tl.where(keep, p * kept, 0.0), tl.where(keep, dp * kept, 0.0)
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        bias_sum += ds * size
+
+        ds_dot = ds.to(q.dtype)
+        dv = tl.dot(tl.trans(p_kept.to(q.dtype)), do, input_precision="ieee") * size
+        dk = tl.dot(tl.trans(ds_dot), q_dot, input_precision="ieee") * (size * LN2)
+        g = tl.dot(ds_dot, k_dot, input_precision="ieee") * size
+        scale_sum += tl.sum(g * _scored(q, COSINE), 1)
+        dq, dk = _through_norm(g * tau, q, COSINE), _through_norm(dk, k, COSINE)
+        store_rows(dq_head, dq, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+        store_rows(dq_head + C, dk, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+        store_rows(dq_head + 2 * C, dv, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+
+    tl.store(dscale + slot * heads + head, tl.sum(scale_sum, 0))
+    _add_bias_sum(dbias, head if ATOMIC else slot * heads + head, token, token, bias_sum, N, ATOMIC)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "slots"])
+def query_rows(
+    grad,  # (B, H, W, C)
+    qkv,  # (B, H, W, 3C)
+    scale,  # (heads,)
+    bias,  # (heads, N, N)
+    out,  # (B, H, W, C)
+    lse,  # (windows, heads, N), base 2
+    seed,  # () int64, or None without dropout
+    dqkv,  # (B, H, W, 3C): q is written
+    delta,  # (windows, heads, N), written
+    dscale,  # (slots, blocks, heads)
+    dbias,  # (slots, heads, N, N), or zeros (heads, N, N) if ATOMIC
+    threshold,  # dropout · 2^32
+    kept,  # 1 / (1 - dropout)
+    windows,  # in the batch
+    slots,  # programs that share the windows of a head
+    heads,
+    H,
+    W,
+    shift_y,
+    shift_x,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """BLOCK_R rows of dS in every `slots`-th window of one head: dq, delta, d scale, d bias.
+
+    The rows of d bias stay in registers, as one tile per BLOCK_C columns. Grid: (slots · blocks · heads,).
+    """
+    N: tl.constexpr = WH * WW
+    CHUNKS: tl.constexpr = (N + BLOCK_C - 1) // BLOCK_C
+    BLOCKS: tl.constexpr = (N + BLOCK_R - 1) // BLOCK_R
+    head = tl.program_id(0) % heads
+    block = tl.program_id(0) // heads % BLOCKS
+    slot = tl.program_id(0) // heads // BLOCKS
+    C = heads * HEAD_DIM
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    tau = tl.load(scale + head)
+    scale_sum = tl.zeros([BLOCK_R], tl.float32)
+    bias_sums = ()
+    for _ in tl.static_range(CHUNKS):
+        bias_sums = bias_sums + (tl.zeros([BLOCK_R, BLOCK_C], tl.float32),)  # noqa: RUF005 - Triton has no star here
+    q_head = qkv + head * HEAD_DIM
+    for window in range(slot, windows, slots):
+        image, inside, top, left = window_corner(window, H, W, WH, WW)
+        pixel = token_pixels(row, image, top, left, H, W, shift_y, shift_x, WW)
+        q = load_rows(q_head, pixel, 3 * C, row, N, HEAD_DIM, BLOCK_D)
+        o = load_rows(out + head * HEAD_DIM, pixel, C, row, N, HEAD_DIM, BLOCK_D)
+        do = load_rows(grad + head * HEAD_DIM, pixel, C, row, N, HEAD_DIM, BLOCK_D)
+        do, size, inverse = _into_range(do)
+        q_dot = scaled_queries(q, tau, COSINE)
+        at_row = (window * heads + head) * N + row
+        log_sum = tl.load(lse + at_row, mask=row < N, other=0.0)
+        delta_row = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta + at_row, delta_row * size, mask=row < N)
+
+        g = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        updated = ()
+        for chunk in tl.static_range(CHUNKS):
+            column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+            pixel_c = token_pixels(column, image, top, left, H, W, shift_y, shift_x, WW)
+            k = load_rows(q_head + C, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
+            v = load_rows(q_head + 2 * C, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
+            k_dot = _scored(k, COSINE).to(k.dtype)
+            logits = tl.dot(q_dot, tl.trans(k_dot), input_precision="ieee")
+            logits += load_bias(bias, head, row, column, N) * LOG2E
+            if SHIFTED and has_seam(top, left, H, W, shift_y, shift_x, WH, WW):
+                region = token_regions(row, top, left, H, W, shift_y, shift_x, WH, WW)
+                region_c = token_regions(column, top, left, H, W, shift_y, shift_x, WH, WW)
+                logits = mask_regions(logits, region, region_c)
+            p = tl.exp2(logits - log_sum[:, None])
+            if N % BLOCK_C:
+                p = tl.where((column < N)[None, :], p, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            if DROPOUT:
+                keep = dropout_keep(tl.load(seed), threshold, row, column, head, inside, image, N)
+                dp = tl.where(keep, dp * kept, 0.0)
+            ds = p * (dp - delta_row[:, None])
+            updated = updated + (bias_sums[chunk] + ds * size,)  # noqa: RUF005
+            g += tl.dot(ds.to(q.dtype), k_dot, input_precision="ieee")
+        bias_sums = updated
+
+        g *= size
+        scale_sum += tl.sum(g * _scored(q, COSINE), 1)
+        dq = _through_norm(g * tau, q, COSINE)
+        store_rows(dqkv + head * HEAD_DIM, dq, pixel, 3 * C, row, N, HEAD_DIM, BLOCK_D)
+
+    tl.store(dscale + (slot * BLOCKS + block) * heads + head, tl.sum(scale_sum, 0))
+    for chunk in tl.static_range(CHUNKS):
+        column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        _add_bias_sum(dbias, head if ATOMIC else slot * heads + head, row, column, bias_sums[chunk], N, ATOMIC)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def key_rows(
+    grad,  # (B, H, W, C)
+    qkv,  # (B, H, W, 3C)
+    scale,  # (heads,)
+    bias_t,  # (heads, N, N), keys before queries
+    lse,  # (windows, heads, N), base 2
+    delta,  # (windows, heads, N)
+    seed,  # () int64, or None without dropout
+    dqkv,  # (B, H, W, 3C): k and v are written
+    threshold,  # dropout · 2^32
+    kept,  # 1 / (1 - dropout)
+    windows,  # in the batch
+    heads,
+    H,
+    W,
+    shift_y,
+    shift_x,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """dk and dv of BLOCK_C keys of a window and head; tiles are (keys, queries). Grid: (windows · blocks · heads,)."""
+    N: tl.constexpr = WH * WW
+    BLOCKS: tl.constexpr = (N + BLOCK_C - 1) // BLOCK_C
+    head = tl.program_id(0) % heads
+    block = tl.program_id(0) // heads % BLOCKS
+    window = tl.program_id(0) // heads // BLOCKS
+    C = heads * HEAD_DIM
+    q_head, dk_head = qkv + head * HEAD_DIM, dqkv + C + head * HEAD_DIM
+    column = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    image, inside, top, left = window_corner(window, H, W, WH, WW)
+    pixel_c = token_pixels(column, image, top, left, H, W, shift_y, shift_x, WW)
+    k = load_rows(q_head + C, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
+    v = load_rows(q_head + 2 * C, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
+    k_dot = _scored(k, COSINE).to(k.dtype)
+    tau = tl.load(scale + head)
+    dk = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    # Padded queries have dO = 0; padded keys get a gradient of no meaning that is not stored.
+    for first in range(0, N, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        pixel = token_pixels(row, image, top, left, H, W, shift_y, shift_x, WW)
+        q = load_rows(q_head, pixel, 3 * C, row, N, HEAD_DIM, BLOCK_D)
+        do = load_rows(grad + head * HEAD_DIM, pixel, C, row, N, HEAD_DIM, BLOCK_D)
+        do, size, inverse = _into_range(do)
+        q_dot = scaled_queries(q, tau, COSINE)
+        at_row = (window * heads + head) * N + row
+        log_sum = tl.load(lse + at_row, mask=row < N, other=0.0)
+        delta_row = tl.load(delta + at_row, mask=row < N, other=0.0) * inverse
+
+        logits = tl.dot(k_dot, tl.trans(q_dot), input_precision="ieee")
+        logits += load_bias(bias_t, head, column, row, N) * LOG2E
+        if SHIFTED and has_seam(top, left, H, W, shift_y, shift_x, WH, WW):
+            region = token_regions(row, top, left, H, W, shift_y, shift_x, WH, WW)
+            region_c = token_regions(column, top, left, H, W, shift_y, shift_x, WH, WW)
+            logits = mask_regions(logits, region_c, region)
+        p = tl.exp2(logits - log_sum[None, :])
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        p_kept = p
+        if DROPOUT:
+            keep = tl.trans(dropout_keep(tl.load(seed), threshold, row, column, head, inside, image, N))
+            p_kept, dp = tl.where(keep, p * kept, 0.0), tl.where(keep, dp * kept, 0.0)
+        ds = p * (dp - delta_row[None, :])
+        dv += tl.dot(p_kept.to(k.dtype), do, input_precision="ieee") * size
+        dk += tl.dot(ds.to(k.dtype), q_dot, input_precision="ieee") * size
+    dk = _through_norm(dk * LN2, k, COSINE)
+    store_rows(dk_head, dk, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
+    store_rows(dk_head + C, dv, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
