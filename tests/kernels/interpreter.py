@@ -20,8 +20,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +71,36 @@ def _is_interpreting() -> bool | None:
     return type(triton.language.sum).__name__ == "InterpretedFunction"
 
 
+def _quicken() -> None:
+    """Halve the interpreter's time: no check of every sum of integers for overflow, no patching at calls of helpers.
+
+    It replaces the functions of Triton's library at each call of a function from a kernel, most of them in vain.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    patch, done = interpreter._patch_lang, set[int]()
+
+    def patch_once(fn: Any) -> Any:
+        libraries = {
+            id(value) for value in fn.__globals__.values() if value is interpreter.tl or value is interpreter.tl.core
+        }
+        if libraries <= done:
+            return None
+        scope = patch(fn)
+        restore = scope.restore
+        done.update(libraries)
+
+        def restored() -> None:
+            restore()
+            done.difference_update(libraries)
+
+        scope.restore = restored
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
 @contextmanager
 def triton_modules(*, interpret: bool) -> Iterator[None]:
     """Inside, Triton interprets (or compiles), the environment variable included; afterwards all is as before."""
@@ -79,6 +111,8 @@ def triton_modules(*, interpret: bool) -> Iterator[None]:
             _kept(was).update(_take_out())
         _put_in(_kept(interpret))
         importlib.import_module("triton")
+        if interpret and not _kept(True):
+            _quicken()
     try:
         yield
     finally:
