@@ -5,3 +5,20 @@ PEERS = ("official", "timm", "huggingface")
 
 MOE_PEERS = ("dense", "tutel", "deepspeed", "one-hot")
 """What `bench moe` compares with."""
+
+KERNEL_PEERS = (
+    "official-amp",
+    "official",
+    "sdpa",
+    "compile",
+    "flex",
+    "fwa-2",
+    "official-code",
+    "ours-atomic",
+    "ours-chunked",
+    "autotuned",
+)
+"""What `bench kernels` compares with: the official chain of operations under AMP and in the dtype throughout, torch's
+fused attention with an additive mask, the official chain compiled, FlexAttention, Flash Window Attention V2, the
+official module itself, our atomic sum of the bias's gradient, ours in plain torch, and the chain compiled with
+autotuning."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,6 +72,13 @@ class Contestant:
 
 def official(v: Variant, checkout: str | None) -> Contestant:
     """The model file of a checkout of microsoft/Swin-Transformer, which needs only torch, numpy and timm."""
+    code = official_code(checkout)
+    model = code.SwinTransformerV2(**_arguments(v), ape=v.ape, patch_norm=v.patch_norm)
+    return Contestant(name="official", module=model)
+
+
+def official_code(checkout: str | None) -> ModuleType:
+    """The official SwinV2's module, a new copy at each call."""
     if checkout is None:
         raise PeerMissing("no checkout given; pass --official DIR, a clone of microsoft/Swin-Transformer")
     path = Path(checkout) / OFFICIAL_FILE
@@ -81,8 +89,7 @@ def official(v: Variant, checkout: str | None) -> Contestant:
     assert spec is not None and spec.loader is not None
     code = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(code)
-    model = code.SwinTransformerV2(**_arguments(v), ape=v.ape, patch_norm=v.patch_norm)
-    return Contestant(name="official", module=model)
+    return code
 
 
 def timm(v: Variant) -> Contestant:

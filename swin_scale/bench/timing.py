@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,7 +79,8 @@ def compare(
     *,
     rounds: int,
     warmup: int = 1,
-    inner: int = 1,
+    inner: int | Mapping[str, int] = 1,
+    units: int = 1,
     device: torch.device | None = None,
     control: str | None = None,
     clock: Callable[[], float] | None = None,
@@ -89,7 +90,9 @@ def compare(
     Args:
         rounds: each gives every other candidate two pairs.
         warmup: untimed calls of each candidate before the first round.
-        inner: calls per measurement, whose mean is one time; above 1 where a call is too short to time.
+        inner: calls per measurement, whose mean is one time; above 1 where a call is too short to time. For all alike,
+            or for each by its name.
+        units: repetitions of what is timed that one call makes; times are those of one of them.
         device: what the calls run on; a CUDA device is timed by its events, everything else by the wall clock.
         control: a candidate for even rounds only.
         clock: what is read (s) before and after a call, such as `time.process_time`; default: the wall clock.
@@ -102,7 +105,8 @@ def compare(
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
 
     def measure(name: str) -> float:
-        seconds[name].append(seconds_of(candidates[name], inner, device, clock))
+        repeats = inner if isinstance(inner, int) else inner[name]
+        seconds[name].append(seconds_of(candidates[name], repeats, device, clock) / units)
         return seconds[name][-1]
 
     was_enabled = gc.isenabled()
