@@ -330,9 +330,6 @@ def _grads(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_qkv, d_scale, d_bias, None, None, None, None, None
 
 
-ATTENTION_OP = torch.ops.swin_scale.window_attention.default
-"""The operator as selective activation checkpointing sees it: its outputs are worth keeping."""
-
 _forward.register_autograd(_grads, setup_context=_keep)
 
 

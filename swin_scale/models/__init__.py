@@ -46,7 +46,8 @@ def create_model(
     v = variant(name, **overrides)
     if v.family == "swin_mlp":
         return SwinMlp(v, seed)
-    return Swin(v, seed, partial(_moe_mlp(v, moe_backend), ep_group=ep_group, aux_group=aux_group))
+    layer = partial(_moe_mlp(v, moe_backend), ep_group=ep_group, aux_group=aux_group, kernels=v.kernels)
+    return Swin(v, seed, layer)
 
 
 def _moe_mlp(v: Variant, backend: str) -> "type[MoEMlp] | type[TutelMoEMlp]":

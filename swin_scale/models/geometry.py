@@ -83,10 +83,18 @@ def _check(v: Variant) -> None:
         refuse("drop_path_rate", v.drop_path_rate, "must be in [0, 1)")
     if not 0 <= v.drop_rate < 1:
         refuse("drop_rate", v.drop_rate, "must be in [0, 1)")
+    if not 0 <= v.attn_drop_rate < 1:
+        refuse("attn_drop_rate", v.attn_drop_rate, "must be in [0, 1)")
+    if v.attn_drop_rate and v.family == "swin_mlp":
+        refuse("attn_drop_rate", v.attn_drop_rate, "must be 0 for swin_mlp, which has no attention")
     if v.num_classes < 0:
         refuse("num_classes", v.num_classes, "must be 0 (no head) or more")
     if v.activation_checkpointing not in ("off", "block", "selective"):
         refuse("activation_checkpointing", repr(v.activation_checkpointing), "must be off, block or selective")
+    if v.kernels not in ("auto", "triton", "reference"):
+        refuse("kernels", repr(v.kernels), "must be auto, triton or reference")
+    if v.layer_norm not in ("torch", "apex"):
+        refuse("layer_norm", repr(v.layer_norm), "must be torch or apex")
     if v.init_std <= 0:
         refuse("init_std", v.init_std, "must be positive")
     if v.moe:

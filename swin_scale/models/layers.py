@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from swin_scale.kernels import ATTENTION_OP
+from swin_scale import kernels as ops
+from swin_scale.kernels import LayerNormBy, Mode
 from swin_scale.models.variants import Pair
 
 T = TypeVar("T")
@@ -53,6 +54,43 @@ class Mlp(nn.Module):
         return dropout(self.fc2(x), self.drop, self.training)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis: torch's or NVIDIA Apex's, as `by` says."""
+
+    def __init__(self, dim: int, by: LayerNormBy = "torch") -> None:
+        super().__init__(dim)
+        self.by = by
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.weight, self.bias, self.eps, by=self.by)
+
+
+class PostNorm(LayerNorm):
+    """Norm at the end of a residual branch (SwinV2, section 3.1). Starts at zero, so a block starts as the identity."""
+
+    def __init__(self, dim: int, kernels: Mode = "auto", by: LayerNormBy = "torch") -> None:
+        super().__init__(dim, by)
+        self.kernels = kernels
+
+    def forward(self, input: Tensor, x: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """`input`: the branch. Returns it normed, or with `x` given x + keep · that; keep: `drop_path_keep`."""
+        if x is None:
+            return super().forward(input)
+        return ops.residual_norm(x, input, self.weight, self.bias, keep, self.eps, kernels=self.kernels, by=self.by)
+
+
+class AddNorm(LayerNorm):
+    """Norm at the start of a residual branch, together with the sum before it that it reads (Swin V1)."""
+
+    def __init__(self, dim: int, kernels: Mode = "auto", by: LayerNormBy = "torch") -> None:
+        super().__init__(dim, by)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(total, normed total) with total = x + keep · branch; keep: `drop_path_keep`."""
+        return ops.add_norm(x, branch, self.weight, self.bias, keep, self.eps, kernels=self.kernels, by=self.by)
+
+
 class PatchProjection(nn.Conv2d):
     """The convolution of the patch embedding, whose parameters are left to `init_weights`."""
 
@@ -63,34 +101,40 @@ class PatchProjection(nn.Conv2d):
 class PatchEmbed(nn.Module):
     """Images (B, C, H, W) to tokens (B, H / patch, W / patch, dim)."""
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int, norm: bool) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int, norm: bool, by: LayerNormBy = "torch") -> None:
         super().__init__()
         self.proj = PatchProjection(in_chans, dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(dim) if norm else None
+        self.norm = LayerNorm(dim, by) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x).permute(0, 2, 3, 1).contiguous()
         return x if self.norm is None else self.norm(x)
 
 
-class PostNorm(nn.LayerNorm):
-    """Norm at the end of a residual branch (SwinV2, section 3.1). Starts at zero, so a block starts as the identity."""
+class MergeNorm(LayerNorm):
+    """(B, H, W, C) to (B, H/2, W/2, 4C): each 2 x 2 neighbourhood into one token, normed."""
+
+    def __init__(self, dim: int, kernels: Mode = "auto", by: LayerNormBy = "torch") -> None:
+        super().__init__(4 * dim, by)
+        self.kernels = kernels
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.patch_merge(input, self.weight, self.bias, self.eps, kernels=self.kernels, by=self.by)
 
 
 class PatchMerging(nn.Module):
     """(B, H, W, C) to (B, H/2, W/2, 2C): each 2 x 2 neighbourhood into one token, normed before (V1) or after (V2)."""
 
-    def __init__(self, dim: int, post_norm: bool) -> None:
+    def __init__(self, dim: int, post_norm: bool, kernels: Mode = "auto", by: LayerNormBy = "torch") -> None:
         super().__init__()
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm((2 if post_norm else 4) * dim)
-        self.post_norm = post_norm
+        self.norm = LayerNorm(2 * dim, by) if post_norm else MergeNorm(dim, kernels, by)
+        self.post_norm, self.kernels = post_norm, kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        # Channel groups run down a column first: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
-        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
-        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+        if self.post_norm:
+            return self.norm(self.reduction(ops.patch_merge(x, kernels=self.kernels)))
+        return self.reduction(self.norm(x))
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -98,15 +142,19 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def residual(x: Tensor, branch: Tensor, drop_path: float, training: bool) -> Tensor:
-    """x + branch; in training the branch of each sample is dropped with probability `drop_path`, or scaled up.
+    """x + branch; in training the branch of each sample is dropped with probability `drop_path`, or scaled up."""
+    return ops.residual(x, branch, drop_path_keep(branch, drop_path, training))
+
+
+def drop_path_keep(branch: Tensor, drop_path: float, training: bool) -> Tensor | None:
+    """(B,) fp32 or wider: 0 where a sample's branch is dropped, else 1 / (1 - drop_path); None where none may be.
 
     Stochastic depth (Huang et al., 2016), drawn from torch's default generator.
     """
     if not (training and drop_path):
-        return x + branch
+        return None
     keep = 1 - drop_path
-    kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(keep).div_(keep)
-    return torch.addcmul(x, branch, kept)
+    return branch.new_empty(len(branch)).bernoulli_(keep).to(compute_dtype(branch)).div_(keep)
 
 
 def recompute(mode: str, function: Callable[..., T], *args: Tensor, early_stop: bool = True) -> T:
@@ -119,8 +167,13 @@ def recompute(mode: str, function: Callable[..., T], *args: Tensor, early_stop: 
         return function(*args)
     if mode == "block":
         return checkpoint(function, *args, use_reentrant=False, early_stop=early_stop)
-    contexts = partial(create_selective_checkpoint_contexts, [ATTENTION_OP])
+    contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, early_stop=early_stop)
+
+
+def _keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op.name() in ops.ATTENTION_OPS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -145,7 +198,9 @@ def relative_coords_table(window_size: Pair, pretrained: int = 0, device: torch.
     """
     axes = []
     for size in window_size:
-        offset = torch.arange(1 - size, size, dtype=torch.float32, device=device)
+        # On the CPU, as above.
+        offset = torch.arange(1 - size, size, dtype=torch.float32, device="cpu")
         scaled = offset / max((pretrained or size) - 1, 1) * 8
         axes.append(scaled.sign() * torch.log2(scaled.abs() + 1.0) / 3.0)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[None]
+    table = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[None]
+    return table.to(torch.get_default_device() if device is None else device)

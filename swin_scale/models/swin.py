@@ -6,40 +6,37 @@ Names and shapes of parameters are those of the official weights. Papers: Swin (
 Tutel (Hwang et al., 2023) for Swin-MoE.
 """
 
-import math
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from swin_scale.errors import UserError
-from swin_scale.kernels import window_attention
+from swin_scale.models.attention import Position, Score, WindowAttention
 from swin_scale.models.geometry import Stage, pair, stages
 from swin_scale.models.init import init_parameters
 from swin_scale.models.layers import (
+    AddNorm,
+    LayerNorm,
     Linear,
     Mlp,
     PatchEmbed,
     PatchMerging,
     PostNorm,
-    compute_dtype,
+    drop_path_keep,
     dropout,
     recompute,
-    relative_coords_table,
-    relative_position_index,
     residual,
 )
-from swin_scale.models.variants import Family, Pair, Variant
+from swin_scale.models.variants import Family, Variant
 from swin_scale.moe.config import MoEConfig
 from swin_scale.moe.layer import MoEMlp
 from swin_scale.moe.stats import RoutingStats
 
 MakeMoEMlp = Callable[[MoEConfig, int, int], nn.Module]
 """Options, dim and hidden width to the layer that takes an MLP's place: `moe.layer.MoEMlp`, its groups bound."""
-Score = Literal["dot", "cosine"]
-Position = Literal["table", "sigmoid_cpb", "raw_cpb"]
 
 _ATTENTION: dict[Family, tuple[Score, Position]] = {
     "swin": ("dot", "table"),
@@ -47,108 +44,6 @@ _ATTENTION: dict[Family, tuple[Score, Position]] = {
     "swin_moe": ("dot", "raw_cpb"),
     "swinv2_moe": ("cosine", "sigmoid_cpb"),
 }
-MAX_LOGIT_SCALE = math.log(100.0)
-CPB_HIDDEN = 512
-
-
-class WindowAttention(nn.Module):
-    """Multi-head self-attention in windows of (h, w) tokens.
-
-    `score`: the `dot` product scaled by head_dim^-0.5, or SwinV2's `cosine` with a learnt scale and no bias of keys.
-    `position`: a `table` of biases, or an MLP of log-spaced offsets (SwinV2, section 3.3), bounded by 16 * sigmoid or
-    raw as in Swin-MoE.
-    """
-
-    relative_position_index: Tensor
-
-    def __init__(
-        self,
-        dim: int,
-        window_size: Pair,
-        heads: int,
-        *,
-        score: Score,
-        position: Position,
-        qkv_bias: bool = True,
-        drop: float = 0.0,
-        pretrained_window_size: int = 0,
-    ) -> None:
-        super().__init__()
-        self.window_size, self.heads, self.drop = window_size, heads, drop
-        self.score, self.position = score, position
-        self.pretrained_window_size = pretrained_window_size
-        self.head_dim = dim // heads
-        if score == "cosine":
-            self.logit_scale = nn.Parameter(torch.empty(heads, 1, 1))
-            self.q_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
-            self.v_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
-        if position == "table":
-            offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
-            self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
-        else:
-            self.cpb_mlp = nn.Sequential(Linear(2, CPB_HIDDEN), nn.ReLU(), Linear(CPB_HIDDEN, heads, bias=False))
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias and score == "dot")
-        self.proj = Linear(dim, dim)
-        self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
-        self._cached_bias: tuple[list[Tensor], Tensor] | None = None
-
-    def rebuild_buffers(self, device: torch.device | None = None) -> None:
-        device = self.relative_position_index.device if device is None else device
-        self.relative_position_index = relative_position_index(self.window_size, device)
-
-    def position_bias(self) -> Tensor:
-        """(heads, N, N), fp32 or wider.
-
-        Without gradients it is kept from call to call together with copies of the parameters it was made from, and
-        used again only while they are equal in value: no way of changing parameters can leave it stale.
-        """
-        is_table = self.position == "table"
-        sources = [self.relative_position_bias_table] if is_table else list(self.cpb_mlp.parameters())
-        # Parameters that ZeRO-3 has partitioned away are empty here and prove nothing.
-        if torch.is_grad_enabled() or any(p.numel() == 0 or p.is_meta for p in sources):
-            self._cached_bias = None
-            return self._position_bias()
-        if self._cached_bias is not None and all(map(_same, self._cached_bias[0], sources)):
-            return self._cached_bias[1]
-        bias = self._position_bias()
-        self._cached_bias = [p.detach().clone() for p in sources], bias
-        return bias
-
-    def _position_bias(self) -> Tensor:
-        N = self.window_size[0] * self.window_size[1]
-        table: Tensor
-        if self.position == "table":
-            table = self.relative_position_bias_table
-            table = table.to(compute_dtype(table))
-        else:
-            index = self.relative_position_index
-            coords = relative_coords_table(self.window_size, self.pretrained_window_size, index.device)
-            table = self.cpb_mlp(coords.flatten(0, 2).to(compute_dtype(self.proj.weight)))
-        if self.position == "sigmoid_cpb":
-            # The sigmoid acts on each entry of the table, so it goes before the much larger gather.
-            table = 16 * torch.sigmoid(table)
-        return table.t().index_select(1, self.relative_position_index.flatten()).view(-1, N, N)
-
-    def _qkv_bias(self) -> Tensor | None:
-        """(3C,) for V2, whose keys have no bias; None without `qkv_bias`."""
-        if self.q_bias is None or self.v_bias is None:
-            return None
-        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-
-    def forward(self, x: Tensor, bias: Tensor, shift_size: Pair = (0, 0)) -> Tensor:
-        """x: (B, H, W, C), bias: `position_bias()`. Returns (B, H, W, C)."""
-        if self.score == "cosine":
-            scale = self.logit_scale.to(bias.dtype).clamp(max=MAX_LOGIT_SCALE).exp()
-            qkv = self.qkv(x, self._qkv_bias())
-        else:
-            scale = bias.new_full((self.heads, 1, 1), self.head_dim**-0.5)
-            qkv = self.qkv(x)
-        x = window_attention(qkv, scale, bias, self.window_size, shift_size, self.score == "cosine")
-        return dropout(self.proj(x), self.drop, self.training)
-
-
-def _same(kept: Tensor, now: Tensor) -> bool:
-    return kept.dtype == now.dtype and kept.device == now.device and torch.equal(kept, now)
 
 
 class SameRouting:
@@ -180,8 +75,8 @@ class Block(nn.Module):
         self.shift_size = stage.shift_size if index % 2 else (0, 0)
         self.drop_path = drop_path
         self.activation_checkpointing = v.activation_checkpointing
-        norm = PostNorm if self.post_norm else nn.LayerNorm
-        self.norm1 = norm(stage.dim)
+        norm = partial(PostNorm if self.post_norm else AddNorm, stage.dim, v.kernels, v.layer_norm)
+        self.norm1 = norm() if self.post_norm else LayerNorm(stage.dim, v.layer_norm)
         self.attn = WindowAttention(
             stage.dim,
             stage.window_size,
@@ -190,9 +85,11 @@ class Block(nn.Module):
             position=position,
             qkv_bias=v.qkv_bias,
             drop=v.drop_rate,
+            attn_drop=v.attn_drop_rate,
             pretrained_window_size=stage.pretrained_window_size,
+            kernels=v.kernels,
         )
-        self.norm2 = norm(stage.dim)
+        self.norm2 = norm()
         hidden = int(stage.dim * v.mlp_ratio)
         self.is_moe = v.moe is not None and index in stage.moe_blocks
         self.mlp: nn.Module
@@ -201,7 +98,7 @@ class Block(nn.Module):
         else:
             self.mlp = Mlp(stage.dim, hidden, v.drop_rate, v.mlp_fc2_bias)
         has_extra = v.extra_norm_interval > 0 and (index + 1) % v.extra_norm_interval == 0
-        self.enorm = nn.LayerNorm(stage.dim) if has_extra else None
+        self.enorm = LayerNorm(stage.dim, v.layer_norm) if has_extra else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, RoutingStats | None]:
         """x: (B, H, W, C). Returns the same shape, and the auxiliary loss and the routing of an MoE block, or Nones."""
@@ -215,25 +112,33 @@ class Block(nn.Module):
         return recompute(mode, forward, x, bias, early_stop=False)
 
     def _forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = self._attend(x, bias)
-        x = self._add(x, self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x)))
+        x, normed = self._attend(x, bias)
+        branch = self.mlp(normed)
+        x = self.norm2(branch, x, self._keep(branch)) if self.post_norm else self._add(x, branch)
         return x if self.enorm is None else self.enorm(x)
 
     def _forward_moe(self, same: SameRouting | None, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
-        x = self._attend(x, bias)
-        y, aux, stats = self.mlp(x, norm=self.norm2) if self.post_norm else self.mlp(self.norm2(x))
+        x, normed = self._attend(x, bias)
+        branch, aux, stats = self.mlp(normed, norm=self.norm2) if self.post_norm else self.mlp(normed)
         if same is not None:
             same.check(stats.expert_TK)
-        x = self._add(x, y)
+        x = self._add(x, branch)
         return (x if self.enorm is None else self.enorm(x)), aux, stats
 
-    def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The attention half: x with its branch, and what the MLP reads, which is the same under V2."""
         if self.post_norm:
-            return self._add(x, self.norm1(self.attn(x, bias, self.shift_size)))
-        return self._add(x, self.attn(self.norm1(x), bias, self.shift_size))
+            branch = self.attn(x, bias, self.shift_size)
+            x = self.norm1(branch, x, self._keep(branch))
+            return x, x
+        branch = self.attn(self.norm1(x), bias, self.shift_size)
+        return self.norm2(x, branch, self._keep(branch))
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         return residual(x, branch, self.drop_path, self.training)
+
+    def _keep(self, branch: Tensor) -> Tensor | None:
+        return drop_path_keep(branch, self.drop_path, self.training)
 
 
 class StageBlocks(nn.Module):
@@ -253,7 +158,7 @@ class Swin(nn.Module):
         self.variant = v
         self.stages = stages(v)
         self.num_features = self.stages[-1].dim
-        self.patch_embed = PatchEmbed(v.patch_size, v.in_chans, v.embed_dim, v.patch_norm)
+        self.patch_embed = PatchEmbed(v.patch_size, v.in_chans, v.embed_dim, v.patch_norm, v.layer_norm)
         if v.ape:
             height, width = self.stages[0].resolution
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, height * width, v.embed_dim))
@@ -263,9 +168,9 @@ class Swin(nn.Module):
         for stage in self.stages:
             blocks = [self._block(stage, i, next(rates), moe_mlp) for i in range(stage.depth)]
             last = stage is self.stages[-1]
-            merging = None if last else PatchMerging(stage.dim, post_norm=v.post_norm)
+            merging = None if last else PatchMerging(stage.dim, v.post_norm, v.kernels, v.layer_norm)
             self.layers.append(StageBlocks(blocks, merging))
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features, v.layer_norm)
         self.head = Linear(self.num_features, v.num_classes) if v.num_classes else nn.Identity()
         if not self.norm.weight.is_meta:
             self.init_weights(seed)
@@ -335,6 +240,21 @@ class Swin(nn.Module):
             if layer.downsample is not None:
                 x = layer.downsample(x)
         return outputs, losses, routing
+
+    @contextlib.contextmanager
+    def frozen_position_bias(self) -> Iterator[None]:
+        """Inside, passes without gradients compute each block's position bias once. Parameters must not change there.
+
+        For inference on a GPU; on a CPU little is gained, see `WindowAttention.position_bias`.
+        """
+        attentions = [module for module in self.modules() if isinstance(module, WindowAttention)]
+        for attention in attentions:
+            attention.freeze_bias(True)
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.freeze_bias(False)
 
     def init_weights(self, seed: int = 0) -> None:
         """Initialise every parameter by the official rules (`models.init`) and rebuild the derived buffers."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swin_scale.kernels import window_partition, window_reverse
 from swin_scale.models.geometry import Stage
-from swin_scale.models.layers import Mlp, recompute, residual
+from swin_scale.models.layers import AddNorm, LayerNorm, Mlp, drop_path_keep, recompute, residual
 from swin_scale.models.swin import MakeMoEMlp, Swin
 from swin_scale.models.variants import Variant
 
@@ -45,9 +45,9 @@ class SwinMlpBlock(nn.Module):
         self.shift_size = stage.shift_size if index % 2 else (0, 0)
         self.drop_path = drop_path
         self.activation_checkpointing = v.activation_checkpointing
-        self.norm1 = nn.LayerNorm(stage.dim)
+        self.norm1 = LayerNorm(stage.dim, v.layer_norm)
         self.spatial_mlp = SpatialMlp(stage.heads, stage.window_size[0] * stage.window_size[1])
-        self.norm2 = nn.LayerNorm(stage.dim)
+        self.norm2 = AddNorm(stage.dim, v.kernels, v.layer_norm)
         self.mlp = Mlp(stage.dim, int(stage.dim * v.mlp_ratio), v.drop_rate, v.mlp_fc2_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None, None]:
@@ -55,8 +55,9 @@ class SwinMlpBlock(nn.Module):
         return recompute(self.activation_checkpointing, self._forward, x), None, None
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = residual(x, self._mix(self.norm1(x)), self.drop_path, self.training)
-        return residual(x, self.mlp(self.norm2(x)), self.drop_path, self.training)
+        branch = self._mix(self.norm1(x))
+        x, normed = self.norm2(x, branch, drop_path_keep(branch, self.drop_path, self.training))
+        return residual(x, self.mlp(normed), self.drop_path, self.training)
 
     def _mix(self, x: Tensor) -> Tensor:
         """Pads each shifted axis by one window, mixes tokens inside windows, and crops the padding again."""

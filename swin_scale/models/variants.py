@@ -49,6 +49,9 @@ class Variant:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     drop_rate: float = 0.0
+    """Of tokens after the patch embedding, the projection of attention and both layers of MLPs."""
+    attn_drop_rate: float = 0.0
+    """Of attention probabilities."""
     ape: bool = False
     """Learned absolute position embedding."""
     patch_norm: bool = True
@@ -58,6 +61,11 @@ class Variant:
     """SwinV2-H and -G: a LayerNorm on the main branch after every so many blocks of a stage; 0 for none."""
     activation_checkpointing: Literal["off", "block", "selective"] = "off"
     """Recompute nothing, whole blocks, or blocks without their attention."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Who computes attention, residual norms, merging and dispatch to experts: Triton where it can, always, or torch
+    (`kernels.choice`)."""
+    layer_norm: Literal["torch", "apex"] = "torch"
+    """Whose LayerNorm is used where no Triton kernel serves."""
     moe: MoEConfig | None = None
     """Of the families swin_moe and swinv2_moe: the mixture in the blocks `moe_blocks`; None makes every MLP dense."""
     moe_blocks: tuple[tuple[int, ...], ...] = ()
