@@ -78,16 +78,17 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_update_rule(name, standins):
-    """Decay, betas and eps mean the same everywhere; long gradients are not clipped a second time."""
+def check_update_rule(name, deepspeed, device="cpu"):
+    """Three updates of a decayed and an undecayed parameter, whose gradients are longer than FusedLAMB would allow."""
     optim = Optim(name=name, **OPTIM)
     dtype = torch.float64 if name in ("adamw", "sgd") else torch.float32
     generator = torch.Generator().manual_seed(0)
-    linear = nn.Linear(8, 8, dtype=dtype)
+    linear = nn.Linear(8, 8, dtype=dtype, device=device)
     start = {key: p.detach().double().clone() for key, p in linear.named_parameters()}
-    grads = {key: 3 * torch.randn(3, *p.shape, generator=generator).to(dtype) for key, p in linear.named_parameters()}
-    optimizer = build_optimizer(param_groups(linear, optim), optim, deepspeed=standins)
+    grads = {
+        key: 3 * torch.randn(3, *p.shape, generator=generator).to(device, dtype) for key, p in linear.named_parameters()
+    }
+    optimizer = build_optimizer(param_groups(linear, optim), optim, deepspeed=deepspeed)
     for step in range(3):
         for group in optimizer.param_groups:
             group["lr"] = LR
@@ -103,6 +104,12 @@ def test_update_rule(name, standins):
     kept = {key for entry in optimizer.state.values() for key, value in entry.items() if value is not None} - {"step"}
     assert kept == set(layout.moments)
     assert applied_updates(optimizer, layout) == (0 if name == "sgd" else 3)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_update_rule(name, standins):
+    """Decay, betas and eps mean the same everywhere; long gradients are not clipped a second time."""
+    check_update_rule(name, standins)
 
 
 def test_lamb_by_hand(standins):

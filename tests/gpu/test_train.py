@@ -10,6 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from swin_scale.config import Optim
+from swin_scale.engine.fragments import import_deepspeed
+from swin_scale.engine.optimizers import check_optimizer
+from swin_scale.errors import UserError
+from swin_scale.kernels.apex import layer_norm, why_not_apex
+from tests.engine.test_optimizers import RULES, check_update_rule
 from tests.spawn import spawn
 
 pytestmark = pytest.mark.gpu
@@ -200,3 +206,39 @@ def test_saved_and_loaded_state_is_equal_bit_for_bit(precision, tmp_path):
     }
     [(different, weights_equal, state_equal)] = spawn(1, state_after_load, config, str(tmp_path / "ck"), timeout=120)
     assert different == [] and weights_equal and state_equal
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_optimizer_follows_its_formula(name):
+    """Apex's where it is installed, DeepSpeed's compiled here."""
+    try:
+        check_optimizer(Optim(lr=1.0, name=name))
+    except UserError as error:
+        pytest.skip(str(error))
+    spawn(1, rule_on_gpu, name, timeout=240)
+
+
+def rule_on_gpu(name):
+    check_update_rule(name, import_deepspeed(on_gpu=True, local_rank=0), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_layer_norm_of_apex_where_it_is_installed(dtype):
+    """Output and gradients at most twice as far from fp64 as torch's."""
+    if (reason := why_not_apex("normalization")) is not None:
+        pytest.skip(reason)
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, grad = torch.randn(2, 512, 768, generator=generator, device="cuda").mul(3).add(1).to(dtype)
+    weight, bias = torch.rand(2, 768, generator=generator, device="cuda").to(dtype)
+
+    def run(norm, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = norm(*inputs)
+        return [t.double() for t in (y, *torch.autograd.grad(y, inputs, grad.to(dtype)))]
+
+    def by_torch(x, weight, bias):
+        return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, 1e-5)
+
+    exact = run(by_torch, torch.float64)
+    for ours, theirs, value in zip(run(layer_norm, dtype), run(by_torch, dtype), exact, strict=True):
+        assert (ours - value).norm() <= 2 * (theirs - value).norm() + 1e-12 * value.norm()
