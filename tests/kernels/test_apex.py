@@ -1,13 +1,17 @@
 """NVIDIA Apex found, told from its namesake, named in messages, and computing LayerNorms: beside stand-ins for both."""
 
+import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from swin_scale.errors import UserError
+from swin_scale.kernels import ops
 from swin_scale.kernels.apex import layer_norm, require_apex, why_not_apex
+from swin_scale.models import create_model
 from tests.standins import NVIDIA, WEB
 
 
@@ -72,3 +76,52 @@ def test_layer_norm_has_the_dtype_of_its_input(dtype, beside):
     assert y.dtype == dtype
     expected = F.layer_norm(x.double(), (24,), weight.to(dtype).double(), bias.to(dtype).double(), 1e-3)
     torch.testing.assert_close(y.double(), expected, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [
+        # Per block two and per merging one; those of the patch embedding, the main branch and the end.
+        ("swin_nano_patch4_window4_32", 4 * 2 + 1 + 2),
+        ("swinv2_nano_patch4_window4_32", 4 * 2 + 1 + 2 + 4),
+        ("swin_moe_nano_patch4_window4_32", 4 * 2 + 1 + 2),
+        ("swin_mlp_nano_patch4_window4_32", 4 * 2 + 1 + 2),
+    ],
+)
+def test_every_norm_of_a_model_without_triton(name, norms, dtype, beside, monkeypatch):
+    """Same names, values and gradients; where kernels of ours do not serve, Apex's serve all."""
+    beside(NVIDIA)
+    fused = importlib.import_module("apex.normalization.fused_layer_norm")
+    calls = []
+    compute = fused.fused_layer_norm_affine
+    monkeypatch.setattr(fused, "fused_layer_norm_affine", lambda *a: (calls.append(a[3]), compute(*a))[1])
+    extra = {"extra_norm_interval": 1} if "swinv2" in name else {}
+    plain = create_model(name, **extra).to(dtype).eval()
+    ours = create_model(name, layer_norm="apex", kernels="reference", **extra).to(dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    ours.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 32, 32, generator=generator).to(dtype)
+    results = []
+    for model in (plain, ours):
+        out = model(images)
+        logits = out[0] if isinstance(out, tuple) else out
+        results.append((logits, torch.autograd.grad(logits.float().square().sum(), model.norm.weight)[0]))
+    assert len(calls) == norms
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_triton_comes_before_apex(beside, monkeypatch):
+    """A fused residual norm reads the branch once where Apex's LayerNorm and the sum read and write it twice."""
+    beside(NVIDIA)
+    monkeypatch.setattr(ops, "use_triton", lambda *a, **k: True)
+    monkeypatch.setitem(
+        sys.modules, "swin_scale.kernels.norms", SimpleNamespace(fused_residual_norm=lambda *a: "fused")
+    )
+    x = torch.ones(2, 3, 8)
+    assert ops.residual_norm(x, x, x[0, 0], x[0, 0], by="apex") == "fused"
+    assert "apex" not in sys.modules
