@@ -43,7 +43,13 @@ def build_model(
     recompute = config.engine.activation_checkpointing
     groups = experts.model_options() if experts is not None else {}
     build = partial(
-        create_model, config.model.name, seed=config.run.seed, activation_checkpointing=recompute, **groups, **overrides
+        create_model,
+        config.model.name,
+        seed=config.run.seed,
+        activation_checkpointing=recompute,
+        layer_norm=config.engine.layer_norm,
+        **groups,
+        **overrides,
     )
 
     def build_from_weights() -> Swin:

@@ -28,7 +28,8 @@ def wrap(dist, config, path):
 
 def wrapped_case(dist, config, path):
     meta, parameters, layers = wrap(dist, config, path)
-    return meta, {k: v.numpy() for k, v in parameters.items()}, layers[0].blocks[0].activation_checkpointing
+    block = layers[0].blocks[0]
+    return meta, {k: v.numpy() for k, v in parameters.items()}, (block.activation_checkpointing, block.norm1.by)
 
 
 @pytest.mark.parametrize("from_file", [False, True])
@@ -40,12 +41,12 @@ def test_zero_3_starts_from_the_same_values(tmp_path, from_file):
         path = tmp_path / "weights.pth"
         expected = create_model(NAME, num_classes=CLASSES, seed=8).state_dict()
         torch.save({"model": expected}, path)
-    settings = {"activation_checkpointing": "block"}
+    settings = {"activation_checkpointing": "block", "layer_norm": "apex"}
     for stage, world in ((1, 1), (3, 2)):
         config = make_config(run={"seed": 3}, model={"name": NAME}, engine={"zero_stage": stage, **settings})
-        for meta, parameters, checkpointing in spawn_dist(world, wrapped_case, config, path):
+        for meta, parameters, block in spawn_dist(world, wrapped_case, config, path):
             assert meta == (stage == 3)
-            assert checkpointing == "block"
+            assert block == ("block", "apex")
             assert parameters.keys() <= expected.keys()
             assert all(torch.equal(torch.from_numpy(value), expected[name]) for name, value in parameters.items())
 
