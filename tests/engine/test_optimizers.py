@@ -17,6 +17,7 @@ from swin_scale.engine.fragments import import_deepspeed
 from swin_scale.engine.optim import param_groups
 from swin_scale.engine.optimizers import applied_updates, build_optimizer, check_optimizer, ensure_state, state_layout
 from swin_scale.errors import UserError
+from tests.engine import test_experts
 from tests.engine.test_engine import make_config, proof, resume_case, run_steps
 from tests.engine.test_stages import V2, hand_over, leg_case
 from tests.spawn import spawn_dist
@@ -208,6 +209,15 @@ def with_standins(dist, case, *args):
     install_apex()
     install_fused_adam_op()
     return case(dist, *args)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ["fused_adam", "apex_fused_adam"])
+def test_spread_experts_are_updated_as_on_one_process(name):
+    expected = test_experts.run(1, test_experts.moe_config(1, 0), 5)
+    config = test_experts.moe_config(2, 2, optim={"name": name})
+    results, shares = zip(*spawn_dist(2, with_standins, test_experts.steps_case, config, 5, {}))
+    test_experts.assert_same((results[0], test_experts.gathered(shares, 2)), expected)
 
 
 def test_lamb_resumes_bit_equal(tmp_path):
