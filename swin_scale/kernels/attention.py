@@ -54,7 +54,7 @@ def launch_forward(
     seed: Tensor | None,
 ) -> None:
     """Launch the kernel that fills `out` and `log_sum`; everything contiguous, arguments as of the operator."""
-    from swin_scale.kernels.attention_forward import attend_rows, attend_windows
+    from swin_scale.kernels.attention_forward import attend_rows, attend_windows, pack_bias
 
     B, H, W, C3 = qkv.shape
     heads, N, _ = bias.shape
@@ -65,7 +65,6 @@ def launch_forward(
     arguments = {
         "qkv": qkv,
         "scale": scale,
-        "bias": bias,
         "out": out,
         "seed": seed,
         "threshold": int(dropout * 2**32),
@@ -91,11 +90,15 @@ def launch_forward(
     with torch.cuda.device_of(qkv):
         if N <= tuning.WHOLE_WINDOW:
             slots = tuning.window_slots(windows, heads, chip)
-            attend_windows[(slots * heads,)](slots=slots, BLOCK=tiles.rows, **arguments)
+            attend_windows[(slots * heads,)](bias=bias, slots=slots, BLOCK=tiles.rows, **arguments)
         else:
             group = tuning.window_group(windows, 2 * N * head_dim * qkv.element_size(), chip)
-            grid = -(-windows // group) * heads * -(-N // tiles.rows) * group
-            attend_rows[(grid,)](lse=log_sum, group=group, BLOCK_R=tiles.rows, BLOCK_C=tiles.columns, **arguments)
+            down, across = -(-N // tiles.rows), -(-N // tiles.columns)
+            block = {"BLOCK_R": tiles.rows, "BLOCK_C": tiles.columns}
+            packed = bias.new_empty(heads, down, across, tiles.rows * tiles.columns)
+            pack_bias[(heads * down * across,)](bias, packed, N, **block)
+            grid = -(-windows // group) * heads * down * group
+            attend_rows[(grid,)](packed=packed, lse=log_sum, group=group, **block, **arguments)
 
 
 @_forward.register_fake

@@ -10,7 +10,8 @@ write the output where the next projection reads it; logits and probabilities ne
   which backward needs instead of the maximum and the sum.
 
 Programs that run at one time share what they read: neighbouring heads, whose channels share cache lines, in the first
-kernel; in the second, where the bias is the larger part, one strip of the bias over a group of windows.
+kernel; in the second, where the bias is the larger part, one strip of the bias over a group of windows. `pack_bias`
+puts the bias into the order of its tiles first.
 
 Importing this file imports Triton.
 """
@@ -21,10 +22,12 @@ import triton.language as tl
 from swin_scale.kernels.attention_tiles import (
     LOG2E,
     dropout_keep,
+    fragments,
     has_seam,
     load_bias,
     load_rows,
     mask_regions,
+    packed_tile,
     scaled_queries,
     scored_keys,
     store_rows,
@@ -91,11 +94,31 @@ def attend_windows(
         store_rows(out + head * HEAD_DIM, o, pixel, C, token, N, HEAD_DIM, BLOCK_D)
 
 
+@triton.jit
+def pack_bias(
+    bias,  # (heads, N, N) fp32
+    packed,  # (heads, row blocks, column blocks, BLOCK_R * BLOCK_C) fp32
+    N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Bias times log2(e) as the tiles that `attend_rows` adds, -inf on padded columns. Grid: (tiles of all heads,)."""
+    BLOCKS: tl.constexpr = (N + BLOCK_R - 1) // BLOCK_R
+    ACROSS: tl.constexpr = (N + BLOCK_C - 1) // BLOCK_C
+    tile = tl.program_id(0)
+    row = tile // ACROSS % BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tile % ACROSS * BLOCK_C + tl.arange(0, BLOCK_C)
+    values = load_bias(bias, tile // ACROSS // BLOCKS, row, column, N) * LOG2E
+    values = tl.where((column < N)[None, :], values, float("-inf"))
+    flat = tile.to(tl.int64) * (BLOCK_R * BLOCK_C) + tl.arange(0, BLOCK_R * BLOCK_C)
+    tl.store(packed + flat, fragments(values, BLOCK_R, BLOCK_C))
+
+
 @triton.jit(do_not_specialize=[*SIZES, "group"])
 def attend_rows(
     qkv,  # (B, H, W, 3, heads, HEAD_DIM)
     scale,  # (heads,) fp32
-    bias,  # (heads, N, N) fp32
+    packed,  # the bias, by `pack_bias`
     out,  # (B, H, W, heads, HEAD_DIM)
     lse,  # (windows, heads, N) fp32, base 2
     seed,  # () int64, or None without dropout
@@ -142,13 +165,11 @@ def attend_rows(
             pixel = token_pixels(column, image, top, left, H, W, shift_y, shift_x, WW)
             k = load_rows(q_head + C, pixel, 3 * C, column, N, HEAD_DIM, BLOCK_D)
             v = load_rows(q_head + 2 * C, pixel, 3 * C, column, N, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, tl.trans(scored_keys(k, COSINE)), input_precision="ieee")
-            logits += load_bias(bias, head, row, column, N) * LOG2E
+            logits = packed_tile(packed, head, strip % BLOCKS, first, N, BLOCK_R, BLOCK_C)
+            logits = tl.dot(q, tl.trans(scored_keys(k, COSINE)), acc=logits, input_precision="ieee")
             if SHIFTED and seam:
                 region = token_regions(column, top, left, H, W, shift_y, shift_x, WH, WW)
                 logits = mask_regions(logits, row_region, region)
-            if N % BLOCK_C:
-                logits = tl.where((column < N)[None, :], logits, float("-inf"))
             top_now = tl.maximum(top_logit, tl.max(logits, 1))
             p = tl.exp2(logits - top_now[:, None])
             shrink = tl.exp2(top_logit - top_now)

@@ -99,7 +99,12 @@ def row_norms(x):
 @triton.jit
 def inverse_norms(x):
     """1 / max(|row|, 1e-12) in fp32, [rows]."""
-    return tl.div_rn(1.0, tl.maximum(row_norms(x), TINY))
+    if x.dtype == tl.float32:
+        return tl.div_rn(1.0, tl.maximum(row_norms(x), TINY))
+    else:
+        # One approximate instruction (22 bits) for some forty: beside fp16 and bf16 its error does not show.
+        wide = x.to(tl.float32)
+        return tl.rsqrt(tl.maximum(tl.sum(wide * wide, 1), TINY * TINY))
 
 
 @triton.jit
@@ -127,6 +132,36 @@ def load_bias(bias, head, row, column, N: tl.constexpr):
     at = (head * N + row)[:, None] * N + column[None, :]
     mask = (row < N)[:, None] & (column < N)[None, :]
     return tl.load(bias + at, mask=mask, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def fragments(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] to [ROWS * COLUMNS], in the order in which threads hold the result of a product of matrices.
+
+    With 16 rows a warp, a thread's four neighbouring numbers here are what mma and wgmma instructions leave to it of
+    each 16 x 8 block: two rows, eight apart, by two columns. Stored so, a tile that is added to products is loaded 16
+    bytes at a time by the thread that needs it, where a tile in plain order is exchanged through shared memory. The
+    order is right on any chip, and fast on those whose products lie so (compute capability 8 and 9).
+    """
+    blocks = tl.reshape(tile, (ROWS // 16, 2, 8, COLUMNS // 8, 4, 2))
+    return tl.reshape(tl.permute(blocks, (3, 0, 2, 4, 1, 5)), (ROWS * COLUMNS,))
+
+
+@triton.jit
+def from_fragments(flat, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Inverse of `fragments`."""
+    blocks = tl.reshape(flat, (COLUMNS // 8, ROWS // 16, 8, 4, 2, 2))
+    return tl.reshape(tl.permute(blocks, (1, 4, 2, 0, 3, 5)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def packed_tile(packed, head, block, first, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of what `attention_forward.pack_bias` wrote: rows of `block`, columns from `first` on."""
+    BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    ACROSS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    tile = (head * BLOCKS + block) * ACROSS + first // COLUMNS
+    flat = packed + tile.to(tl.int64) * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS)
+    return from_fragments(tl.load(flat, eviction_policy="evict_last"), ROWS, COLUMNS)
 
 
 @triton.jit

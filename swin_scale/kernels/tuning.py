@@ -96,12 +96,12 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
     N, lanes, wide = shape.tokens, power_of_two(shape.head_dim), shape.dtype == torch.float32
     if N <= WHOLE_WINDOW:
         side = power_of_two(N)
-        return Tiles(side, side, warps={16: 1, 32: 2, 64: 4}[side] * (2 if wide and lanes > 64 else 1), stages=1)
+        return Tiles(side, side, warps={16: 1, 32: 2, 64: 4}[side] * (2 if wide and lanes > 64 else 1), stages=2)
     rows = _largest((128, 64, 32), N, padding=1 / 3)
     columns = _largest((64, 32, 16), N, padding=1 / 7)
     if kernel != "forward" or wide or lanes > 64:
         rows, columns = min(rows, 64), min(columns, 32)
-    return Tiles(rows, columns, warps=8 if rows == 128 else 4, stages=2)
+    return Tiles(rows, columns, warps=rows // 16, stages=2)
 
 
 def power_of_two(n: int) -> int:

@@ -97,16 +97,18 @@ def compiling() -> Iterator[None]:
 
 
 @contextmanager
-def recording(module: ModuleType, *kernels: str) -> Iterator[list[Call]]:
-    """Inside, launches of the named kernels of `module` are kept in the list instead of run."""
+def recording(*modules: ModuleType) -> Iterator[list[Call]]:
+    """Inside, launches of the kernels of `modules` are kept in the list instead of run."""
+    from triton.runtime.jit import JITFunction
+
     calls: list[Call] = []
-    originals = {name: getattr(module, name) for name in kernels}
-    for name, kernel in originals.items():
+    kernels = [(m, name, value) for m in modules for name, value in vars(m).items() if isinstance(value, JITFunction)]
+    for module, name, kernel in kernels:
         setattr(module, name, _Recorder(kernel, calls))
     try:
         yield calls
     finally:
-        for name, kernel in originals.items():
+        for module, name, kernel in kernels:
             setattr(module, name, kernel)
 
 
