@@ -1,7 +1,7 @@
 """Side-by-side measurements: ours against other people's code in one process, on the same weights and inputs."""
 
-PEERS = ("official", "timm", "huggingface")
-"""What `bench model` compares with."""
+PEERS = ("official", "timm", "huggingface", "official-amp", "reference")
+"""What `bench model` compares with: codes of others, the official one under AMP, and ours without kernels."""
 
 MOE_PEERS = ("dense", "tutel", "deepspeed", "one-hot")
 """What `bench moe` compares with."""

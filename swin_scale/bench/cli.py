@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from swin_scale.bench import MOE_PEERS, PEERS
+from swin_scale.bench import KERNEL_PEERS, MOE_PEERS, PEERS
 
 
 def add_parser(verbs: Any) -> None:
@@ -13,14 +13,44 @@ def add_parser(verbs: Any) -> None:
     bench = verbs.add_parser("bench", help="side-by-side ratios against the peers, in one run")
     what = bench.add_subparsers(dest="name", required=True)
     model = what.add_parser("model", help="SwinV2 against the official code, timm and Hugging Face")
-    _arguments(model, name="swinv2_tiny_patch4_window8_256", batch=8)
-    model.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, amp-bf16 or amp-fp16, for all alike")
+    _arguments(model, name="swinv2_tiny_patch4_window8_256", batch=None)
+    model.add_argument(
+        "--precision",
+        default="fp32",
+        help="fp32, bf16, fp16, amp-bf16 or amp-fp16, for all alike but the peer official-amp, which is under AMP",
+    )
     model.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
     model.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer to compare with")
-    model.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all of them")
-    model.add_argument("--mode", choices=("forward", "both"), default="both")
+    model.add_argument("--peers", nargs="+", choices=PEERS, default=(), help="default: all that make sense there")
+    model.add_argument("--mode", choices=("forward", "both", "step", "all"), default="both",
+                       help="both: forward, and forward + backward; step: with AdamW too")  # fmt: skip
+    model.add_argument("--inference", action="store_true",
+                       help="the official throughput protocol: 50 forward passes, then the mean of 30")  # fmt: skip
     model.add_argument("--compile", action="store_true", help="also compare with torch.compile(timm)")
+    model.add_argument("--launches", nargs="+", choices=("calls", "graphs"), default=("calls",),
+                       help="graphs: as CUDA graphs, without the cost of launching kernels")  # fmt: skip
     model.set_defaults(handler=_model)
+    kernels = what.add_parser("kernels", help="window attention, norms and token moves against how others do them")
+    kernels.add_argument("--shapes", nargs="+", metavar="SHAPE", default=(),
+                         help="of the table, such as 'T w8 s1'; default: all, the most telling first")  # fmt: skip
+    kernels.add_argument("--models", nargs="+", metavar="NAME", default=(), help="every stage of these models instead")
+    kernels.add_argument("--batch", type=int, help="images; default: 128 on a GPU, 2 on a CPU")
+    kernels.add_argument("--dtypes", nargs="+", choices=("fp16", "bf16", "fp32"), default=(),
+                         help="default: fp16 and bf16 on a GPU, fp32 on a CPU")  # fmt: skip
+    kernels.add_argument("--peers", nargs="+", choices=KERNEL_PEERS, default=(),
+                         help="default: all that make sense there but autotuned, which takes minutes")  # fmt: skip
+    kernels.add_argument("--launches", nargs="+", choices=("calls", "graphs"), default=(),
+                         help="from Python, or as CUDA graphs; default: both on a GPU")  # fmt: skip
+    kernels.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    kernels.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further shape after this time")
+    kernels.add_argument("--ops", action=argparse.BooleanOptionalAction,
+                         help="norms, patch merging and MoE token moves; default: on a GPU")  # fmt: skip
+    kernels.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer")
+    kernels.add_argument("--fwa", metavar="DIR", help="a checkout of emiledgl/flash-window-attention-v2")
+    kernels.add_argument("--threads", type=int, default=2, help="CPU threads")
+    kernels.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    kernels.add_argument("--out", metavar="FILE", help="write the result as JSON, and a picture of it beside as SVG")
+    kernels.set_defaults(handler=_kernels)
     train = what.add_parser("train", help="the engine's step on one process, on a batch that stays on the device")
     _arguments(train, name="swinv2_base_patch4_window12_192", batch=64)
     train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
@@ -63,9 +93,10 @@ def add_parser(verbs: Any) -> None:
     moe.set_defaults(handler=_moe)
 
 
-def _arguments(parser: argparse.ArgumentParser, *, name: str, batch: int) -> None:
+def _arguments(parser: argparse.ArgumentParser, *, name: str, batch: int | None) -> None:
     parser.add_argument("--model", default=name, help=f"default: {name}")
-    parser.add_argument("--batch", type=int, default=batch, help="images per forward")
+    chosen = "default: 8, or 32 for inference" if batch is None else f"default: {batch}"
+    parser.add_argument("--batch", type=int, default=batch, help=f"images per forward; {chosen}")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
@@ -82,9 +113,35 @@ def _model(arguments: argparse.Namespace) -> int:
             threads=arguments.threads,
             official=arguments.official,
             only=tuple(arguments.peers),
-            backward=arguments.mode == "both",
+            mode=arguments.mode,
+            inference=arguments.inference,
             precision=arguments.precision,
             compiled=arguments.compile,
+            launches=tuple(arguments.launches),
+            device=arguments.device,
+            out=arguments.out,
+        )
+    )
+    return 0
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.kernels import bench_kernels
+
+    print(
+        bench_kernels(
+            arguments.shapes,
+            models=arguments.models,
+            batch=arguments.batch,
+            dtypes=arguments.dtypes,
+            only=arguments.peers,
+            launches=arguments.launches,
+            rounds=arguments.rounds,
+            budget=arguments.budget,
+            ops=arguments.ops,
+            official=arguments.official,
+            fwa=arguments.fwa,
+            threads=arguments.threads,
             device=arguments.device,
             out=arguments.out,
         )

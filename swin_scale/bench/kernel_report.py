@@ -25,7 +25,7 @@ text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:v
 """
 """Colours as those of the reports (Okabe and Ito)."""
 
-_WIDTH, _NAMES, _PANEL, _GAP, _BAR, _HEAD = 960, 104, 340, 72, 14, 22
+_WIDTH, _NAMES, _PANEL, _GAP, _BAR, _HEAD, _TOP = 960, 104, 340, 72, 14, 22, 76
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ def picture(figures: Mapping[str, Any]) -> str:
     groups = [group for group in map(_group, [*figures["cases"], *figures["ops"]]) if group is not None]
     low, high = _range(groups)
     heights = [_HEAD + _BAR * len(names) for _, names, _ in groups]
-    height = 56 + sum(heights) + 30
+    height = _TOP + sum(heights) + 30
     body = [f'<rect class="ground" width="{_WIDTH}" height="{height}"/>']
     gpu = figures["hardware"]["gpu"]
     where = gpu["name"] if gpu else f"{figures['hardware']['cpu']}, {figures['hardware']['threads']} threads"
@@ -126,12 +126,12 @@ def picture(figures: Mapping[str, Any]) -> str:
     for panel, mode in enumerate(_MODES):
         left = 16 + _NAMES + panel * (_PANEL + _GAP + 16)
         scale = _Scale(low, high, left)
-        body.append(f'<text class="shape" x="{left}" y="40">{escape(mode)}</text>')
+        body.append(f'<text class="shape" x="{left}" y="{_TOP - 14}">{escape(mode)}</text>')
         for tick in scale.ticks():
             x = scale(tick)
-            body.append(f'<path class="{"one" if tick == 1 else "grid"}" d="M{x:.1f} 48V{height - 26}"/>')
+            body.append(f'<path class="{"one" if tick == 1 else "grid"}" d="M{x:.1f} {_TOP - 6}V{height - 26}"/>')
             body.append(f'<text class="tick" x="{x:.1f}" y="{height - 10}">{escape(short(tick))}</text>')
-        top = 56.0
+        top = float(_TOP)
         for (title, names, by_mode), taken in zip(groups, heights):
             if panel == 0:
                 body.append(f'<text class="shape" x="16" y="{top + 12:g}">{escape(title)}</text>')
@@ -197,4 +197,5 @@ def _bars(
         )
         yield f'<path class="span" d="M{scale(ratio["lower"]):.1f} {middle:g}H{scale(ratio["upper"]):.1f}"/>'
         beside = max(scale(ratio["upper"]), one) + 5
-        yield f'<text x="{beside:.1f}" y="{middle + 4:g}">{ratio["median"]:.3g}</text>'
+        told = f"{ratio['median']:.2f}" if ratio["median"] < 10 else f"{ratio['median']:.1f}"
+        yield f'<text x="{beside:.1f}" y="{middle + 4:g}">{told}</text>'

@@ -58,11 +58,18 @@ def measure(
     sets: int,
     rounds: int,
     device: torch.device,
+    warmup: int = 1,
+    inner: int | None = None,
 ) -> tuple[dict[str, dict[str, Comparison]], dict[str, str]]:
     """Launch -> mode -> comparison of the first candidate (and of itself, as `CONTROL`) with the others.
 
-    Also who could not be timed in which way, and why: not everything can be captured in a graph. Raises what the first
-    candidate raises.
+    Also who could not be timed in which way, and why: not everything can be captured in a graph. Without the first
+    candidate there is no comparison.
+
+    Args:
+        sets: of inputs, in a pass; times are those of one call.
+        rounds, warmup: see `timing.compare`.
+        inner: passes per measurement; None: as many as `SAMPLE_S` needs.
     """
     found: dict[str, dict[str, Comparison]] = {}
     missing: dict[str, str] = {}
@@ -76,12 +83,18 @@ def measure(
                 try:
                     calls[candidate.name] = call if pool is None else captured(call, pool)
                 except RuntimeError as error:
-                    if candidate is candidates[0]:
-                        raise
                     missing[f"{candidate.name}, {mode}, {launch}"] = failure(error)
+            if candidates[0].name not in calls:
+                continue
             calls[CONTROL] = calls[candidates[0].name]
             found[launch][mode] = compare(
-                calls, rounds=rounds, inner=_repeats(calls, device), units=sets, device=device, control=CONTROL
+                calls,
+                rounds=rounds,
+                warmup=warmup,
+                inner=inner or _repeats(calls, device),
+                units=sets,
+                device=device,
+                control=CONTROL,
             )
             del calls
     return found, missing

@@ -6,6 +6,7 @@ is their concatenation along the first axis. Nothing is loaded by half: every pa
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import re
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_scale.models import Variant
@@ -39,10 +41,39 @@ class Contestant:
     names: Names = lambda ours: (ours,)
     output: str | None = None
     """Attribute of the module's result that holds the logits; None: the result is the logits."""
+    dtype: torch.dtype | None = None
+    """Of parameters and images; None: as they are."""
+    autocast: torch.dtype | None = None
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """What its matrix products are in."""
+        return self.autocast or self.dtype or torch.float32
+
+    def place(self, device: torch.device) -> None:
+        """The module to `device`, in its dtype."""
+        self.module.to(device, self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
-        result = self.module(x)
+        scope = torch.autocast(x.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with scope:
+            result = self.module(x.to(self.dtype or x.dtype))
         return result if self.output is None else getattr(result, self.output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits without gradients, in eval mode."""
+        # One module serves both ways; the flag costs time where it is set on every module anew.
+        if self.module.training:
+            self.module.eval()
+        with torch.inference_mode():
+            return self.logits(x)
+
+    def forward_backward(self, x: Tensor, labels: Tensor) -> None:
+        """Gradients of the cross entropy, in training mode."""
+        if not self.module.training:
+            self.module.train()
+        self.module.zero_grad(set_to_none=True)
+        F.cross_entropy(self.logits(x).float(), labels).backward()
 
     def gradients(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradient of each parameter in `ours`, in fp64 on the CPU."""
