@@ -84,6 +84,7 @@ class Model:
     pretrained_window_sizes: tuple[int, ...] | None = None
     drop_path_rate: float | None = None
     drop_rate: float | None = None
+    attn_drop_rate: float | None = None
     embed_dim: int | None = None
     depths: tuple[int, ...] | None = None
     num_heads: tuple[int, ...] | None = None
@@ -215,6 +216,9 @@ class EngineConfig:
     offload: Literal["none", "optimizer"] = "none"
     """Keep fp32 masters and moments in host memory and update them there (stages 1 to 3)."""
     activation_checkpointing: Literal["off", "block", "selective"] = "off"
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Who computes attention, residual norms, patch merging and dispatch to experts. `auto`: Triton on GPUs that all
+    ranks have and that can, else torch. `triton`: Triton, or the run is refused. `reference`: torch. The log says."""
     layer_norm: Literal["torch", "apex"] = "torch"
     """Who computes LayerNorms that no Triton kernel of ours serves: torch, or NVIDIA Apex's FusedLayerNorm."""
     bucket_mb: float = 200.0

@@ -274,6 +274,7 @@ SAFE = (
     "engine.zero_stage",
     "engine.offload",
     "engine.activation_checkpointing",
+    "engine.kernels",
     "engine.layer_norm",
     "engine.bucket_mb",
     "engine.threads",

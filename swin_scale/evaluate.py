@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,13 @@ from swin_scale.config import Augment
 from swin_scale.convert import model_from_weights
 from swin_scale.data import EvalStream, finish
 from swin_scale.engine.dist import Dist, init
+from swin_scale.engine.kernel_choice import describe_kernels
 from swin_scale.engine.layout import Layout
 from swin_scale.engine.losses import accuracy_counts
 from swin_scale.errors import DataError
 from swin_scale.shards import ShardSet
+
+logger = logging.getLogger(__name__)
 
 COUNTS = ("samples", "top1", "top5", "loss")
 
@@ -81,6 +85,8 @@ def evaluate_weights(
         EvalStream(source, global_batch=batch, img_size=network.variant.img_size, augment=Augment(eval_crop=crop))
         for source in sources
     ]
-    with init(Layout(), timeout_s=60) as dist, torch.no_grad():
+    with init(Layout(), timeout_s=60) as dist, torch.no_grad(), network.frozen_position_bias():
         network.to(dist.device).eval()
+        choice = describe_kernels(network.variant.kernels, network.variant, dist.device, torch.float32)
+        logger.info("kernels: %s", choice.text)
         return evaluate(network, streams, dist, dtype=torch.float32, workers=workers)

@@ -12,6 +12,7 @@ from swin_scale.config import BatchPlan, Config, batch_plan
 from swin_scale.config_check import check_experts
 from swin_scale.config_load import LoadedConfig
 from swin_scale.data import EvalStream, TrainStream, open_shard_sets
+from swin_scale.engine.kernel_choice import check_kernels
 from swin_scale.engine.optimizers import check_optimizer
 from swin_scale.errors import UserError
 from swin_scale.kernels.apex import require_apex
@@ -77,6 +78,7 @@ def prepare(loaded: LoadedConfig, ranks: int) -> Job:
         overrides["moe"] = {name: getattr(config.moe, key) for key, name in MOE_FIELDS.items()}
     with torch.device("meta"):
         create_model(config.model.name, **overrides)
+    check_kernels(config, variant(config.model.name, **overrides))
     if config.moe.backend == "tutel":
         # Not on the meta device: Tutel reads a tensor as it builds. Any size tells whether it is there and can follow.
         network = variant(config.model.name, **overrides)

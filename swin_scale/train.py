@@ -24,6 +24,7 @@ from swin_scale.engine.construct import build_model
 from swin_scale.engine.dist import Dist, init, peer_loss
 from swin_scale.engine.engine import Engine, MicroBatch
 from swin_scale.engine.experts import ExpertParallel
+from swin_scale.engine.kernel_choice import choose_kernels
 from swin_scale.engine.layout import read_env
 from swin_scale.engine.losses import smooth_targets
 from swin_scale.engine.optimizers import state_layout
@@ -86,7 +87,9 @@ def _train(job: Job, dist: Dist, allow_change: bool) -> None:
     weights = config.init.weights if checkpoint is None else None
     network = architecture(job)
     experts = ExpertParallel.create(dist, config.moe) if network.moe is not None else None
-    model, values = build_model(config, dist, job.model["overrides"], weights, experts)
+    kernels = choose_kernels(config, dist, network)
+    logger.info("kernels: %s", kernels.text)
+    model, values = build_model(config, dist, job.model["overrides"], weights, experts, kernels.mode)
     schedule = Schedule.from_config(config, job.stream.steps_per_epoch)
     engine = Engine(model, config, plan, schedule, dist, values, experts)
     logger.info("%s", engine.groups_table)
@@ -100,7 +103,8 @@ def _train(job: Job, dist: Dist, allow_change: bool) -> None:
             _restore(checkpoint, engine, log)
             step = checkpoint.step
             logger.info("resumed from %s", checkpoint.path)
-        log.event("start", step, environment=_environment(dist), checkpoint=checkpoint and checkpoint.path.name)
+        facts = {**_environment(dist), "kernels": kernels.text}
+        log.event("start", step, environment=facts, checkpoint=checkpoint and checkpoint.path.name)
         for what in damage:
             log.event("fell_back", step, problem=what)
         _check_space(job, dist, engine, log, step)

@@ -14,6 +14,7 @@ from swin_scale.convert import load_weights
 from swin_scale.engine.dist import Dist
 from swin_scale.engine.experts import ExpertParallel
 from swin_scale.errors import CheckpointError
+from swin_scale.kernels import Mode
 from swin_scale.models import create_model
 from swin_scale.models.swin import Swin
 
@@ -28,6 +29,7 @@ def build_model(
     overrides: Mapping[str, Any],
     weights: str | None = None,
     experts: ExpertParallel | None = None,
+    kernels: Mode | None = None,
 ) -> tuple[Swin, Values | None]:
     """(model, values) for `Engine`, initialised from `run.seed`, or from the file `weights` by `init.head`.
 
@@ -37,6 +39,7 @@ def build_model(
     Args:
         overrides: of the named variant, as a checkpoint describes its model.
         experts: how its experts are spread over ranks, each of which reads its own.
+        kernels: what the ranks agreed on (`choose_kernels`); None: engine.kernels, judged by each rank for itself.
 
     Raises CheckpointError on all ranks when `weights` do not fit.
     """
@@ -47,6 +50,7 @@ def build_model(
         config.model.name,
         seed=config.run.seed,
         activation_checkpointing=recompute,
+        kernels=kernels or config.engine.kernels,
         layer_norm=config.engine.layer_norm,
         **groups,
         **overrides,

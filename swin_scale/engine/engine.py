@@ -197,9 +197,10 @@ class Engine:
     def evaluating(self, *, ema: bool = False) -> Iterator[nn.Module]:
         """The bare module in eval mode, carrying the moving average if asked; all ranks enter together."""
         averaged = self.fragments.averaged_weights() if ema else contextlib.nullcontext()
+        frozen = self.module.frozen_position_bias() if isinstance(self.module, Swin) else contextlib.nullcontext()
         self.module.eval()
         try:
-            with averaged, torch.inference_mode(False), torch.no_grad():
+            with averaged, frozen, torch.inference_mode(False), torch.no_grad():
                 yield self.module
         finally:
             self.module.train()

@@ -4,7 +4,7 @@
 (`chunked`), as `choice` decides. Importing this imports no Triton.
 """
 
-from swin_scale.kernels.choice import Mode, use_triton, why_not_triton
+from swin_scale.kernels.choice import Mode, use_triton, why_not_attention, why_not_triton
 from swin_scale.kernels.ops import (
     ATTENTION_OPS,
     LayerNormBy,
@@ -33,6 +33,7 @@ __all__ = [
     "shift_regions",
     "unpermute",
     "use_triton",
+    "why_not_attention",
     "why_not_triton",
     "window_attention",
     "window_partition",

@@ -32,12 +32,21 @@ def why_not_triton(
     """
     if dtype not in DTYPES:
         return f"the kernels compute in {', '.join(map(_name, DTYPES))}, not in {_name(dtype)}"
-    if head_dim is not None and head_dim not in HEAD_DIMS:
-        return f"heads have {head_dim} channels; the kernels take multiples of 8 from 16 to 128"
-    if tokens is not None and tokens > MAX_TOKENS:
-        return f"windows have {tokens} tokens; the kernels take up to {MAX_TOKENS}"
+    if head_dim is not None and tokens is not None:
+        reason = why_not_attention(head_dim, tokens)
+        if reason is not None:
+            return reason
     interpreted = os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True")
     return _why_not_here(device, dtype, interpreted)
+
+
+def why_not_attention(head_dim: int, tokens: int) -> str | None:
+    """What keeps Triton from attention of such heads and windows on any machine; None if nothing does."""
+    if head_dim not in HEAD_DIMS:
+        return f"heads have {head_dim} channels, and the kernels take multiples of 8 from 16 to 128"
+    if tokens > MAX_TOKENS:
+        return f"windows have {tokens} tokens, and the kernels take up to {MAX_TOKENS}"
+    return None
 
 
 def use_triton(

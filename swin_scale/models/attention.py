@@ -95,15 +95,17 @@ class WindowAttention(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._cached_bias = None
             return self._position_bias()
+        is_table = self.position == "table"
+        sources = [self.relative_position_bias_table] if is_table else list(self.cpb_mlp.parameters())
+        # Parameters that ZeRO-3 has partitioned away are empty here and prove nothing.
+        if any(p.numel() == 0 for p in sources):
+            self._cached_bias = None
+            return self._position_bias()
         if self.frozen_bias:
             if self._frozen_bias is None:
                 self._frozen_bias = self._position_bias()
             return self._frozen_bias
-        is_table = self.position == "table"
-        sources = [self.relative_position_bias_table] if is_table else list(self.cpb_mlp.parameters())
-        # Parameters that ZeRO-3 has partitioned away are empty here and prove nothing.
-        if any(p.numel() == 0 or p.device.type != "cpu" for p in sources):
-            self._cached_bias = None
+        if sources[0].device.type != "cpu":
             return self._position_bias()
         if self._cached_bias is not None and all(map(_same, self._cached_bias[0], sources)):
             return self._cached_bias[1]
