@@ -21,7 +21,7 @@ MAX_BLOCK = 4096
 VALUES_PER_THREAD = 16
 """Of each tile a thread holds: two or four loads of 16 bytes in flight, and no spills with five tiles in registers."""
 
-WARPS_PER_PROCESSOR = 32
+WARPS_PER_PROCESSOR = 16
 """Programs of a backward pass are as many as hold this many warps on each multiprocessor."""
 
 
