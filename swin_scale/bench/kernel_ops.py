@@ -320,7 +320,7 @@ def _gate(
     constants = tuple(part.double() if part.is_floating_point() else part for part in op.constants)
     outputs, grads = _both(op.eager, exact, constants, tuple(part.double() for part in upstream))
     names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(grads))]
-    wanted = dict(zip(names, [*outputs, *grads], strict=True))
+    wanted = {key: part.detach() for key, part in zip(names, [*outputs, *grads], strict=True)}
     found: dict[str, dict[str, Any]] = {}
     for name, function in functions.items():
         try:
@@ -330,6 +330,6 @@ def _gate(
                 raise
             found[name] = {"failed": failure(error)}
             continue
-        got = dict(zip(names, [*outputs, *grads], strict=True))
-        found[name] = {key: float((got[key].double() - value).norm() / value.norm()) for key, value in wanted.items()}
+        got = {key: part.detach().double() for key, part in zip(names, [*outputs, *grads], strict=True)}
+        found[name] = {key: float((got[key] - value).norm() / value.norm()) for key, value in wanted.items()}
     return found

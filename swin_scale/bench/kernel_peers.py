@@ -247,9 +247,14 @@ def _pinned(device: torch.device) -> Scope:
 
 
 def flex(shape: Shape, dtype: torch.dtype, device: torch.device) -> Region:
-    """FlexAttention: bias and regions are captured by its score function, the scale is folded into q."""
+    """FlexAttention, compiled."""
     if device.type != "cuda":
         raise PeerMissing("FlexAttention has no backward pass on a CPU")
+    return Region(name="flex", run=_compiled(flexible(shape, device)), small=dtype)
+
+
+def flexible(shape: Shape, device: torch.device) -> Run:
+    """FlexAttention: bias and regions are captured by its score function, the scale is folded into q."""
     from torch.nn.attention.flex_attention import flex_attention
 
     regions = shift_regions(shape.hw, shape.window, shape.shift, device) if shape.shifted else None
@@ -269,7 +274,7 @@ def flex(shape: Shape, dtype: torch.dtype, device: torch.device) -> Region:
         y = flex_attention(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=score, scale=1.0)
         return windows, _image(shape, y)
 
-    return Region(name="flex", run=_compiled(run), small=dtype)
+    return run
 
 
 # -- code of others ----------------------------------------------------------------------------------------------------
