@@ -137,7 +137,7 @@ def add_partials(
     d_weight,  # out (C,)
     d_bias,  # out (C,)
     P,
-    C: tl.constexpr,
+    C,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):

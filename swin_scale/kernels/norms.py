@@ -61,7 +61,7 @@ def on_device_of(x: Tensor) -> Any:
 def tile(C: int) -> tuple[int, int, int]:
     """(rows, channels, warps) of a program for rows of C channels."""
     block_c = min(1 << (C - 1).bit_length(), MAX_BLOCK)
-    warps = min(max(block_c // (32 * VALUES_PER_THREAD), 4), 16)
+    warps = max(block_c // (32 * VALUES_PER_THREAD), 4)
     return max(warps * 32 * VALUES_PER_THREAD // block_c, 1), block_c, warps
 
 
@@ -146,7 +146,7 @@ def launch_backward(
             num_warps=warps,
         )
         norm_kernels.add_partials[(_ceil(C, 64), 2)](
-            partial, d_weight, d_bias, programs, C=C, BLOCK_P=32, BLOCK_C=64, num_warps=4
+            partial, d_weight, d_bias, programs, C, BLOCK_P=32, BLOCK_C=64, num_warps=4
         )
     return d_weight, d_bias
 
