@@ -80,17 +80,16 @@ def launch_forward(
         "HEAD_DIM": head_dim,
         "BLOCK_D": tuning.power_of_two(head_dim),
         "COSINE": cosine,
-        "SHIFTED": any(shift_size),
         "DROPOUT": dropout > 0,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-        "enable_fp_fusion": True,
+        **tiles.options(),
     }
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(qkv):
         if N <= tuning.WHOLE_WINDOW:
             slots = tuning.window_slots(windows, heads, chip)
-            attend_windows[(slots * heads,)](bias=bias, slots=slots, BLOCK=tiles.rows, **arguments)
+            attend_windows[(slots * heads,)](
+                bias=bias, slots=slots, BLOCK=tiles.rows, SHIFTED=any(shift_size), **arguments
+            )
         else:
             group = tuning.window_group(windows, 2 * N * head_dim * qkv.element_size(), chip)
             down, across = -(-N // tiles.rows), -(-N // tiles.columns)

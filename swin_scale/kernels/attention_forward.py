@@ -138,7 +138,6 @@ def attend_rows(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
-    SHIFTED: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
     """BLOCK_R rows of one window and head. Grid: (groups * heads * row blocks * group,), the last fastest."""
@@ -167,7 +166,7 @@ def attend_rows(
             v = load_rows(q_head + 2 * C, pixel, 3 * C, column, N, HEAD_DIM, BLOCK_D)
             logits = packed_tile(packed, head, strip % BLOCKS, first, N, BLOCK_R, BLOCK_C)
             logits = tl.dot(q, tl.trans(scored_keys(k, COSINE)), acc=logits, input_precision="ieee")
-            if SHIFTED and seam:
+            if seam:
                 region = token_regions(column, top, left, H, W, shift_y, shift_x, WH, WW)
                 logits = mask_regions(logits, row_region, region)
             top_now = tl.maximum(top_logit, tl.max(logits, 1))

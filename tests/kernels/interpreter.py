@@ -76,7 +76,7 @@ def _quicken() -> None:
 
     It replaces the functions of Triton's library at each call of a function from a kernel, most of them in vain.
     """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
     patch, done = interpreter._patch_lang, set[int]()
