@@ -7,7 +7,6 @@ of programs that follows from shape and chip alone, added in order: the same fro
 Inputs are made contiguous where they are not. Nothing waits for the device.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,11 +52,6 @@ def fused_patch_merge(x: Tensor, weight: Tensor | None = None, bias: Tensor | No
 # Launching. Tensors on the meta device do, for tests that compile ahead of time.
 
 
-def on_device_of(x: Tensor) -> Any:
-    """A context in which kernels are launched where `x` lies: Triton takes the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def tile(C: int) -> tuple[int, int, int]:
     """(rows, channels, warps) of a program for rows of C channels."""
     block_c = min(1 << (C - 1).bit_length(), MAX_BLOCK)
@@ -84,7 +78,7 @@ def launch_forward(
     block_r, block_c, warps = tile(C)
     if rows == 0:
         return
-    with on_device_of(y):
+    with torch.cuda.device_of(y):
         norm_kernels.forward[(_ceil(rows, block_r),)](
             source,
             skip,
@@ -126,7 +120,7 @@ def launch_backward(
     programs = min(_ceil(rows, block_r), chip_of(grad.device).processors * WARPS_PER_PROCESSOR // warps)
     partial = grad.new_empty(2, programs, C, dtype=torch.float32)
     d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
-    with on_device_of(grad):
+    with torch.cuda.device_of(grad):
         norm_kernels.backward[(programs, _ceil(C, block_c))](
             grad,
             grad_total,
@@ -160,7 +154,7 @@ def launch_move(tokens: Tensor, merged: Tensor, *, merge: bool) -> None:
     block_r, block_c, warps = tile(C)
     if rows == 0:
         return
-    with on_device_of(merged):
+    with torch.cuda.device_of(merged):
         norm_kernels.move_patches[(_ceil(rows, block_r), _ceil(C, block_c))](
             tokens, merged, rows, half_width, C=C, BLOCK_R=block_r, BLOCK_C=block_c, MERGE=merge, num_warps=warps
         )

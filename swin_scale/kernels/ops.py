@@ -143,7 +143,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, slot_TK: Tensor, *, kernels: Mode = 
 
 
 def unpermute(y_RD: Tensor, gate_TK: Tensor, choice_R: Tensor, slot_TK: Tensor, *, kernels: Mode = "auto") -> Tensor:
-    """Each token's gate-weighted sum of the rows that serve its choices, (T, D) in the gate's dtype."""
+    """Each token's gate-weighted sum of the rows that serve its choices, (T, D) in the dtype of `y_RD`."""
     if use_triton(kernels, y_RD.device, y_RD.dtype):
         from swin_scale.kernels.permutation import fused_unpermute
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swin_scale.kernels.norms import on_device_of
-
 TILE = 2048
 """Values of a program's tile: 16 a thread."""
 
@@ -44,7 +42,7 @@ def launch_spread(
     gate_TK, y_RD, d_gate_TK = weighing or (None, None, None)
     rows, block_d = _tile(D)
     if R and D:
-        with on_device_of(x_TD):
+        with torch.cuda.device_of(x_TD):
             permutation_kernels.spread[(-(-R // rows),)](
                 x_TD,
                 choice_R,
@@ -68,7 +66,7 @@ def launch_collect(y_RD: Tensor, slot_TK: Tensor, gate_TK: Tensor | None, out_TD
     T, D = out_TD.shape
     rows, block_d = _tile(D)
     if T and D:
-        with on_device_of(y_RD):
+        with torch.cuda.device_of(y_RD):
             permutation_kernels.collect[(-(-T // rows),)](
                 y_RD,
                 slot_TK,

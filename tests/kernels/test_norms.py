@@ -55,6 +55,15 @@ def test_rows_longer_than_a_program_are_read_in_pieces(monkeypatch, kind, dtype)
     compare(kind, inputs, *(() if kind == "merge" else (KEEP,)))
 
 
+@pytest.mark.parametrize(("warps", "programs"), [(4, 1), (1 << 10, 36)])
+def test_however_many_programs_share_the_rows(monkeypatch, warps, programs):
+    """72 rows, two a program: one program that loops over all, or more partial sums than are added at once."""
+    monkeypatch.setattr(norms, "WARPS_PER_PROCESSOR", warps)
+    x, *_ = inputs = drawn("post", 1000)
+    assert min(x[..., 0].numel() // norms.tile(1000)[0], warps // norms.tile(1000)[2]) == programs
+    compare("post", inputs, KEEP)
+
+
 def test_the_longest_row_of_the_models():
     compare("merge", drawn("merge", 2816, (2, 4), torch.float16, batch=1))
 
