@@ -8,6 +8,7 @@ from swin_scale.config import BatchPlan, Config
 
 FP16_INITIAL_SCALE_POWER = 16
 FP16_SCALE_WINDOW = 2000
+"""Updates without an overflow after which the loss scale doubles. Both are those of torch's GradScaler and Apex."""
 STAGE3_RESIDENT_NUMEL = 100_000
 """Parameters of at most so many elements stay gathered under ZeRO-3: below it a gather costs more than the memory."""
 
@@ -53,6 +54,7 @@ def to_deepspeed(config: Config, plan: BatchPlan, *, on_gpu: bool) -> dict[str, 
         settings["bf16"] = {"enabled": True}
         settings["communication_data_type"] = "fp32"
     elif precision == "fp16":
+        # Half-precision parameters, gradients and activations, fp32 masters and moments: what Apex calls O2.
         settings["fp16"] = {
             "enabled": True,
             "loss_scale": 0,

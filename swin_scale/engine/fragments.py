@@ -6,6 +6,7 @@ that piece under the parameter's own name and flat range, so whatever is saved h
 Private names used, with `tests/engine/test_fragments.py` as the contract test:
 
 - everywhere: ``deepspeed.ops.__compatible_ops__``, ``deepspeed.runtime.zero.muon.original_muon``, ``loss_scaler``
+  (``update_scale``, ``cur_scale``)
 - experts: ``groups._EXPERT_PARALLEL_GROUP``, ``_EXPERT_DATA_PARALLEL_GROUP`` and their ``_RANKS``; of a parameter
   ``allreduce`` and ``group_name``, of an optimizer's group ``moe`` and ``name``
 - stages 1 and 2: ``_hp_mapping`` (``lp_fragment_address``, ``hp_fragment``, ``optim_fragment``),
@@ -68,6 +69,33 @@ def _import_muon_uncompiled() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         torch.compile = compile_function
+
+
+class LateGrowth:
+    """Lets the dynamic loss scale grow after an update, not amid it.
+
+    DeepSpeed doubles the scale between the backward pass and the division of its gradients by the scale: at each growth
+    an update would be made with half the gradient, and ZeRO-3 would report half the norm.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        """`optimizer`: DeepSpeed's, of any precision; one that scales no loss is left alone."""
+        self._scaler = getattr(optimizer, "loss_scaler", None)
+        self._grown: float | None = None
+        if self._scaler is not None:
+            self._update = self._scaler.update_scale
+            self._scaler.update_scale = self._hold_back
+
+    def _hold_back(self, overflow: bool) -> None:
+        before = self._scaler.cur_scale
+        self._update(overflow)
+        if self._scaler.cur_scale > before:
+            self._grown, self._scaler.cur_scale = self._scaler.cur_scale, before
+
+    def apply(self) -> None:
+        """To be called after DeepSpeed's step."""
+        if self._grown is not None:
+            self._scaler.cur_scale, self._grown = self._grown, None
 
 
 @contextmanager

@@ -7,61 +7,74 @@ import pytest
 import torch
 
 from swin_scale.checkpoint import Checkpoint
+from swin_scale.engine.engine import DTYPES
 from swin_scale.engine.losses import soft_target_cross_entropy
 from swin_scale.models import attention as attention_module
 from swin_scale.models import create_model
 from swin_scale.models.layers import LayerNorm
-from tests.engine.test_engine import BATCH, local_state, make_config, make_engine, proof, save_step, train, weights
+from tests.engine.test_engine import BATCH, batch_of, local_state, make_config, make_engine, proof, save_step, weights
 from tests.spawn import spawn_dist
 
 STEPS, SAVED, OVERFLOW, WINDOW = 20, 10, 3, 8
-SCALES = [65536.0] * 4 + [32768.0] * 9 + [65536.0] * 7
+SCALES = (65536.0,) * 4 + (32768.0,) * 9 + (65536.0,) * 7
 """Halved by the overflow, doubled after eight steps without one, which the save at step 10 lies among."""
 
 
 @pytest.mark.parametrize(
-    ("precision", "stage", "tolerance"), [("fp16", 1, 5e-3), proof("fp16", 3, 5e-3), proof("bf16", 1, 4e-2)]
+    ("precision", "stage", "tolerance"), [("fp16", 1, 5e-4), proof("fp16", 3, 5e-4), proof("bf16", 1, 5e-3)]
 )
 def test_a_half_precision_run_follows_fp32(tmp_path, precision, stage, tolerance):
-    """20 steps on two ranks, one of them an overflow on the last rank alone; the second half also after a resume."""
-    [expected, _] = spawn_dist(2, run_case, make_config(), tmp_path / "fp32")
-    config = make_config(engine={"precision": precision, "zero_stage": stage}, optim={"ema_decay": 0.9})
-    ranks = spawn_dist(2, run_case, config, tmp_path / precision)
-    for losses, resumed, before, after, dtypes in ranks:
-        assert [loss for loss, *_ in losses] == pytest.approx(
-            [loss for loss, *_ in expected[0]], abs=tolerance, nan_ok=True
-        )
-        assert [skipped for _, _, skipped, _ in losses] == [step == OVERFLOW for step in range(STEPS)]
-        assert [scale for *_, scale in losses] == (SCALES if precision == "fp16" else [1.0] * STEPS)
-        assert losses[SAVED:] == resumed
+    """While the loss falls from 2.3 to 0.9, with an overflow on the last rank alone, on both; bit-equal after a resume.
+
+    DeepSpeed divides gradients by a scale that it has just doubled; left to it, fp16 would be 3e-3 off after that.
+    """
+    optim = {"lr": 3e-3, "ema_decay": 0.9}
+    [expected, *_] = spawn_dist(2, run_case, make_config(optim=optim), tmp_path / "fp32")
+    config = make_config(engine={"precision": precision, "zero_stage": stage}, optim=optim)
+    for steps, resumed, before, after, dtypes in spawn_dist(2, run_case, config, tmp_path / precision):
+        losses, norms, skipped, scales = zip(*steps)
+        expected_losses, expected_norms, *_ = zip(*expected[0])
+        assert losses == pytest.approx(expected_losses, abs=tolerance, nan_ok=True)
+        assert norms == pytest.approx(expected_norms, rel=100 * tolerance)
+        assert losses[-1] < losses[0] / 2
+        assert skipped == tuple(step == OVERFLOW for step in range(STEPS))
+        assert scales == (SCALES if precision == "fp16" else (1.0,) * STEPS)
+        assert steps[SAVED:] == resumed
         assert before.keys() == after.keys()
         assert all(np.array_equal(value, after[name]) for name, value in before.items())
-        half = str({"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
-        assert dtypes == ({half}, {"torch.float32"})
-    assert losses[-1][0] < losses[0][0] - 0.3
+        assert dtypes == ({str(DTYPES[precision])}, {"torch.float32"})
     with Checkpoint.open(tmp_path / precision / f"step_{SAVED:08d}") as checkpoint:
         masters = checkpoint.load_full("master")
     assert {value.dtype for value in masters.values()} == {torch.float32}
-    assert any(not torch.equal(value, value.half().float()) for value in masters.values())
+    assert any(not torch.equal(value, value.to(DTYPES[precision]).float()) for value in masters.values())
 
 
 def run_case(dist, config, root):
     from swin_scale.engine import ds_config
 
     ds_config.FP16_SCALE_WINDOW = WINDOW
-    poison = {"poison": (OVERFLOW, BATCH - 1)}
     engine, plan = make_engine(dist, config)
-    losses = train(engine, plan, dist, 0, SAVED, **poison)
+    losses = learn(engine, plan, dist, 0, SAVED)
     save_step(engine, dist, root, SAVED)
-    losses += train(engine, plan, dist, SAVED, STEPS, **poison)
+    losses += learn(engine, plan, dist, SAVED, STEPS)
     fresh, _ = make_engine(dist, config, seed=1)
     with Checkpoint.open(root / f"step_{SAVED:08d}") as checkpoint:
         fresh.load(checkpoint, checkpoint.state)
-    resumed = train(fresh, plan, dist, SAVED, STEPS, **poison)
+    resumed = learn(fresh, plan, dist, SAVED, STEPS)
     states = [{**weights(e), **local_state(e)} for e in (engine, fresh)]
     of_model = {str(p.dtype) for p in engine.module.parameters()}
     of_state = {str(fragment.data.dtype) for fragment in engine.local_fragments()}
     return losses, resumed, *states, (of_model, of_state)
+
+
+def learn(engine, plan, dist, first, last):
+    """Steps on one batch, which the model learns by heart: (loss, norm, skipped, scale) of each."""
+    results = []
+    for step in range(first, last):
+        poison = (0, BATCH - 1) if step == OVERFLOW else None
+        result = engine.train_step(step, *batch_of(0, plan, dist, engine, poison=poison))
+        results.append((float(result.loss), float(result.grad_norm), result.skipped, result.loss_scale))
+    return results
 
 
 V1, V2 = "swin_nano_patch4_window4_32", "swinv2_nano_patch4_window4_32"
