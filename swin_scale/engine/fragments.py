@@ -80,7 +80,7 @@ class LateGrowth:
 
     def __init__(self, optimizer: Any) -> None:
         """`optimizer`: DeepSpeed's, of any precision; one that scales no loss is left alone."""
-        self._scaler = getattr(optimizer, "loss_scaler", None)
+        self._scaler: Any = getattr(optimizer, "loss_scaler", None)
         self._grown: float | None = None
         if self._scaler is not None:
             self._update = self._scaler.update_scale

@@ -220,13 +220,28 @@ def test_spread_experts_are_updated_as_on_one_process(name):
     test_experts.assert_same((results[0], test_experts.gathered(shares, 2)), expected)
 
 
-def test_lamb_resumes_bit_equal(tmp_path):
-    config = make_config(optim={"name": "apex_fused_lamb", "ema_decay": 0.9}, engine={"zero_stage": 0})
+@pytest.mark.parametrize(
+    ("name", "stage", "precision", "micro"),
+    [
+        ("apex_fused_lamb", 0, "fp32", "auto"),
+        proof("apex_fused_adam", 1, "bf16", 3),
+        proof("apex_fused_adam", 2, "fp16", "auto"),
+        proof("fused_adam", 1, "bf16", 3),
+        proof("fused_adam", 3, "fp16", "auto"),
+        proof("fused_adam", 0, "fp32", 3),
+    ],
+)
+def test_resume_is_bit_equal(tmp_path, name, stage, precision, micro):
+    config = make_config(
+        engine={"zero_stage": stage, "precision": precision},
+        train={"micro_batch": micro},
+        optim={"name": name, "ema_decay": 0.9},
+    )
     for whole, resumed in spawn_dist(2, with_standins, resume_case, config, tmp_path):
         assert whole[0] == resumed[0]
         for a, b in zip(whole[1:], resumed[1:], strict=True):
             assert a.keys() == b.keys()
-            assert all((value == b[name]).all() for name, value in a.items())
+            assert all((value == b[key]).all() for key, value in a.items())
 
 
 def values(**sections):
