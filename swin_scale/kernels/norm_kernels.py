@@ -38,18 +38,18 @@ def forward(
     kept = _kept(keep, row, here, rows_per_sample)
     column = tl.arange(0, BLOCK_C)
     if C <= BLOCK_C:
-        s = _load(source, skip, kept, total, row, column, here, half_width, C)
+        s, beside = _load(source, skip, kept, total, row, column, here, half_width, C)
         mean = tl.sum(s, 1) / C
         apart = tl.where((column < C)[None, :], s - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(apart * apart, 1) / C + eps)
-        _store(s, mean, rstd, skip, weight, bias, kept, total, y, row, column, here, C)
+        _store(s, beside, mean, rstd, skip, weight, bias, kept, total, y, row, column, here, C)
     else:
         mean = tl.zeros([BLOCK_R], tl.float32)
         squares = tl.zeros([BLOCK_R], tl.float32)
         for first in range(0, C, BLOCK_C):
             # Mean and sum of squares about it, of the pieces so far and this one (Chan et al., 1979).
             column = first + tl.arange(0, BLOCK_C)
-            s = _load(source, skip, kept, total, row, column, here, half_width, C)
+            s, beside = _load(source, skip, kept, total, row, column, here, half_width, C)
             count = tl.minimum(C - first, BLOCK_C)
             here_mean = tl.sum(s, 1) / count
             apart = tl.where((column < C)[None, :], s - here_mean[:, None], 0.0)
@@ -60,8 +60,8 @@ def forward(
         rstd = tl.rsqrt(squares / C + eps)
         for first in range(0, C, BLOCK_C):
             column = first + tl.arange(0, BLOCK_C)
-            s = _load(source, skip, kept, total, row, column, here, half_width, C)
-            _store(s, mean, rstd, skip, weight, bias, kept, total, y, row, column, here, C)
+            s, beside = _load(source, skip, kept, total, row, column, here, half_width, C)
+            _store(s, beside, mean, rstd, skip, weight, bias, kept, total, y, row, column, here, C)
     tl.store(stats + row, mean, mask=here)
     tl.store(stats + rows + row, rstd, mask=here)
 
@@ -100,6 +100,8 @@ def backward(
         g = tl.load(grad + flat, mask=inside, other=0.0).to(tl.float32)
         if grad_total is None:
             g *= kept
+        else:
+            onward = tl.load(grad_total + flat, mask=inside, other=0.0)
         normed = (tl.load(source + at, mask=inside, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
         if C <= BLOCK_C:
             level = tl.sum(g * scale, 1)
@@ -120,7 +122,7 @@ def backward(
                 along += tl.sum(u * (n - mean[:, None]) * rstd[:, None], 1)
         d = (g * scale - (level[:, None] + normed * along[:, None]) / C) * rstd[:, None]
         if grad_total is not None:
-            d += tl.load(grad_total + flat, mask=inside, other=0.0).to(tl.float32)
+            d += onward.to(tl.float32)
         tl.store(d_source + at, d.to(d_source.dtype.element_ty), mask=inside)
         if d_branch is not None:
             tl.store(d_branch + flat, (d * kept).to(d_branch.dtype.element_ty), mask=inside)
@@ -209,17 +211,23 @@ def _gathered(row, column, half_width, C: tl.constexpr):
 
 @triton.jit
 def _load(source, skip, kept, total, row, column, here, half_width, C: tl.constexpr):
-    """The tile of which the norm is taken; a total as it will be stored, rounded to its dtype."""
+    """The tile of which the norm is taken, a total as it will be stored, rounded to its dtype; and that of `skip`.
+
+    Both are asked for before the sums over rows wait for the first.
+    """
     inside, flat = _flat(row, column, here, C)
-    s = tl.load(source + _gathered(row, column, half_width, C), mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(source + _gathered(row, column, half_width, C), mask=inside, other=0.0)
+    beside = s
+    if skip is not None:
+        beside = tl.load(skip + flat, mask=inside, other=0.0)
+    s = s.to(tl.float32)
     if total is not None:
-        s = tl.load(skip + flat, mask=inside, other=0.0).to(tl.float32) + kept * s
-        s = s.to(total.dtype.element_ty).to(tl.float32)
-    return s
+        s = (beside.to(tl.float32) + kept * s).to(total.dtype.element_ty).to(tl.float32)
+    return s, beside
 
 
 @triton.jit
-def _store(s, mean, rstd, skip, weight, bias, kept, total, y, row, column, here, C: tl.constexpr):
+def _store(s, beside, mean, rstd, skip, weight, bias, kept, total, y, row, column, here, C: tl.constexpr):
     """Norm the tile `s` and write what is asked for."""
     inside, flat = _flat(row, column, here, C)
     scale = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
@@ -228,5 +236,5 @@ def _store(s, mean, rstd, skip, weight, bias, kept, total, y, row, column, here,
     if total is not None:
         tl.store(total + flat, s.to(total.dtype.element_ty), mask=inside)
     elif skip is not None:
-        out = tl.load(skip + flat, mask=inside, other=0.0).to(tl.float32) + kept * out
+        out = beside.to(tl.float32) + kept * out
     tl.store(y + flat, out.to(y.dtype.element_ty), mask=inside)
