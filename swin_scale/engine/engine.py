@@ -23,7 +23,7 @@ from swin_scale.config import BatchPlan, Config
 from swin_scale.engine.dist import Dist
 from swin_scale.engine.ds_config import to_deepspeed
 from swin_scale.engine.experts import ExpertParallel, has_experts
-from swin_scale.engine.fragments import FRAGMENTS, LateGrowth, experts_declared, import_deepspeed, materialize
+from swin_scale.engine.fragments import FRAGMENTS, LossScale, experts_declared, import_deepspeed, materialize
 from swin_scale.engine.losses import soft_target_cross_entropy
 from swin_scale.engine.optim import describe_groups, param_groups
 from swin_scale.engine.optimizers import build_optimizer, state_layout
@@ -125,7 +125,7 @@ class Engine:
                 config=settings,
                 dist_init_required=False,
             )
-        self._loss_scale_growth = LateGrowth(self._zero)
+        self._loss_scale = LossScale(self._zero)
         self.module: nn.Module = self._deepspeed.module
         self.fragments = FRAGMENTS[stage](
             self.module,
@@ -171,7 +171,7 @@ class Engine:
             self._deepspeed.backward(loss, scale_wrt_gas=False)
             scale = float(getattr(self._zero, "loss_scale", None) or 1.0)
             self._deepspeed.step()
-            self._loss_scale_growth.apply()
+            self._loss_scale.grow()
         torch.distributed.all_reduce(sums, group=self._group)
         loss_sum, aux_sum = sums
         skipped = bool(self._zero.overflow)

@@ -6,7 +6,7 @@ that piece under the parameter's own name and flat range, so whatever is saved h
 Private names used, with `tests/engine/test_fragments.py` as the contract test:
 
 - everywhere: ``deepspeed.ops.__compatible_ops__``, ``deepspeed.runtime.zero.muon.original_muon``, ``loss_scaler``
-  (``update_scale``, ``cur_scale``)
+  (``update_scale``, ``cur_scale``, ``raise_error_at_min_scale``)
 - experts: ``groups._EXPERT_PARALLEL_GROUP``, ``_EXPERT_DATA_PARALLEL_GROUP`` and their ``_RANKS``; of a parameter
   ``allreduce`` and ``group_name``, of an optimizer's group ``moe`` and ``name``
 - stages 1 and 2: ``_hp_mapping`` (``lp_fragment_address``, ``hp_fragment``, ``optim_fragment``),
@@ -71,11 +71,12 @@ def _import_muon_uncompiled() -> None:
         torch.compile = compile_function
 
 
-class LateGrowth:
-    """Lets the dynamic loss scale grow after an update, not amid it.
+class LossScale:
+    """DeepSpeed's dynamic loss scale, which here grows after an update and ends no run.
 
     DeepSpeed doubles the scale between the backward pass and the division of its gradients by the scale: at each growth
-    an update would be made with half the gradient, and ZeRO-3 would report half the norm.
+    an update would be made with half the gradient, and ZeRO-3 would report half the norm. And an overflow at the
+    smallest scale raises a bare Exception there, where `train.max_skips` is to decide.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -83,6 +84,7 @@ class LateGrowth:
         self._scaler: Any = getattr(optimizer, "loss_scaler", None)
         self._grown: float | None = None
         if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False
             self._update = self._scaler.update_scale
             self._scaler.update_scale = self._hold_back
 
@@ -92,8 +94,8 @@ class LateGrowth:
         if self._scaler.cur_scale > before:
             self._grown, self._scaler.cur_scale = self._scaler.cur_scale, before
 
-    def apply(self) -> None:
-        """To be called after DeepSpeed's step."""
+    def grow(self) -> None:
+        """By as much as is due; to be called after every step of DeepSpeed's."""
         if self._grown is not None:
             self._scaler.cur_scale, self._grown = self._grown, None
 

@@ -1,12 +1,13 @@
 """The contract with DeepSpeed's private names: what `fragments.py` relies on exists and means what it should."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from swin_scale.engine.fragments import import_deepspeed
+from swin_scale.engine.fragments import LossScale, import_deepspeed
 from swin_scale.errors import UserError
 from tests.engine.test_engine import RESIDENT, make_config, make_engine, train
 from tests.spawn import spawn_dist
@@ -74,6 +75,23 @@ def parts_case(dist, config):
         output = module(torch.zeros(2, 3, 32, 32)).numpy()
     assert torch.nn.functional.linear is original
     return parts, filled, any(p.numel() for p in parameters), output
+
+
+def test_the_loss_scale_grows_after_an_update_and_ends_no_run(monkeypatch):
+    import_deepspeed(on_gpu=False, local_rank=0)
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
+    scaler = loss_scaler.DynamicLossScaler(8.0, 2, 1.0, delayed_shift=1, consecutive_hysteresis=False)
+    scale = LossScale(SimpleNamespace(loss_scaler=scaler))
+    divided_by, then = [], []
+    for overflow in [True] * 5 + [False] * 4 + [True]:
+        scaler.update_scale(overflow)
+        divided_by.append(scaler.cur_scale)
+        scale.grow()
+        then.append(scaler.cur_scale)
+    assert then == [4, 2, 1, 1, 1, 1, 1, 2, 2, 1]
+    assert divided_by == [4, 2, 1, 1, 1, 1, 1, 1, 2, 1]
 
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0.0"])
