@@ -75,9 +75,12 @@ def launch_forward(
     from swin_scale.kernels import norm_kernels
 
     (C,), rows = weight.shape, stats.shape[1]
-    block_r, block_c, warps = tile(C)
+    assert skip is None or skip.shape == source.shape, "residual and branch have one shape"
+    assert y.numel() == source.numel() == rows * C and bias.shape == weight.shape, "one weight and bias per channel"
+    assert keep is None or keep.shape == y.shape[:1], "one keep per sample"
     if rows == 0:
         return
+    block_r, block_c, warps = tile(C)
     with torch.cuda.device_of(y):
         norm_kernels.forward[(_ceil(rows, block_r),)](
             source,
@@ -175,6 +178,7 @@ def _stats_of(x: Tensor) -> Tensor:
 
 def _merged(x: Tensor) -> Tensor:
     B, H, W, C = x.shape
+    assert H % 2 == W % 2 == 0, "patches are merged two by two"
     return x.new_empty(B, H // 2, W // 2, 4 * C)
 
 

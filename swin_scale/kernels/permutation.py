@@ -64,6 +64,7 @@ def launch_collect(y_RD: Tensor, slot_TK: Tensor, gate_TK: Tensor | None, out_TD
     from swin_scale.kernels import permutation_kernels
 
     T, D = out_TD.shape
+    assert len(slot_TK) == T and (gate_TK is None or gate_TK.shape == slot_TK.shape), "one slot and gate per choice"
     rows, block_d = _tile(D)
     if T and D:
         with torch.cuda.device_of(y_RD):

@@ -260,3 +260,15 @@ def test_compiles_without_graph_breaks(kind):
 def test_arguments_are_those_of_the_definition(kind):
     ours, definition = (inspect.signature(op) for op in OPS[kind])
     assert ours == definition
+
+
+def test_shapes_that_do_not_fit_are_refused_and_not_read_beyond():
+    x, branch, weight, bias = drawn("post", 24)
+    with pytest.raises(AssertionError, match="one shape"):
+        norms.fused_residual_norm(x, branch[:, :2], weight, bias)
+    with pytest.raises(AssertionError, match="per sample"):
+        norms.fused_residual_norm(x, branch, weight, bias, KEEP[:2])
+    with pytest.raises(AssertionError, match="per channel"):
+        norms.fused_add_norm(x, branch, weight[:12], bias[:12])
+    with pytest.raises(AssertionError, match="two by two"):
+        norms.fused_patch_merge(x[:, :3])
