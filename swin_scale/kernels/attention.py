@@ -28,12 +28,12 @@ def _forward(
     seed: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, log_sum = _outputs(qkv, bias)
+    out, log_sum = empty_outputs(qkv, bias)
     launch_forward(qkv, scale, bias, out, log_sum, window_size, shift_size, cosine, dropout, seed)
     return out, log_sum
 
 
-def _outputs(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def empty_outputs(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp), not yet written; the second is empty for windows that are one tile."""
     B, H, W, C3 = qkv.shape
     heads, N, _ = bias.shape
@@ -102,7 +102,7 @@ def launch_forward(
 
 @_forward.register_fake
 def _(qkv, scale, bias, window_size, shift_size, cosine, dropout, seed, deterministic):
-    return _outputs(qkv, bias)
+    return empty_outputs(qkv, bias)
 
 
 def _keep(ctx, inputs, output) -> None:
