@@ -10,7 +10,7 @@ Shapes: S rows sorted by expert, E experts of this rank, D channels, H hidden. T
 | padded | one batched product, rows padded to the fullest expert | CUDA otherwise |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,17 +106,17 @@ class _Loop(Function):
         y = torch.empty_like(x)
         scratch = x.new_empty(max(counts, default=0), w1.shape[1])
         kept, masks = [], []
-        for e, rows in _runs(counts):
-            after = scratch[: counts[e]]
+        for x_e, y_e, w1_e, b1_e, w2_e, b2_e in _busy(counts, rows=(x, y), experts=(w1, b1, w2, b2)):
+            after = scratch[: len(x_e)]
             if keep:
-                kept.append(torch.addmm(b1[e], x[rows], w1[e].t()))
+                kept.append(torch.addmm(b1_e, x_e, w1_e.t()))
                 torch.ops.aten.gelu.out(kept[-1], out=after)
             else:
-                torch.ops.aten.gelu_(torch.addmm(b1[e], x[rows], w1[e].t(), out=after))
+                torch.ops.aten.gelu_(torch.addmm(b1_e, x_e, w1_e.t(), out=after))
             if drop:
                 masks.append(torch.empty_like(after, dtype=torch.bool).bernoulli_(1 - drop))
                 _drop(after, masks[-1], drop)
-            torch.addmm(b2[e], after, w2[e], out=y[rows])
+            torch.addmm(b2_e, after, w2_e, out=y_e)
         ctx.counts, ctx.drop = counts, drop
         ctx.save_for_backward(x, w1, w2, *kept, *masks)
         return y
@@ -125,8 +125,8 @@ class _Loop(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, *kept = ctx.saved_tensors
-        runs = list(_runs(ctx.counts))
-        kept, masks = kept[: len(runs)], kept[len(runs) :] or [None] * len(runs)
+        busy = sum(map(bool, ctx.counts))
+        kept, masks = kept[:busy], kept[busy:] or [None] * busy
         needs_x, _, needs_w1, needs_b1, needs_w2, needs_b2, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = torch.empty_like(x) if needs_x else None
@@ -140,25 +140,26 @@ class _Loop(Function):
                     if whole is not None:
                         whole[e].zero_()
         scratch, more = x.new_empty(2, max(ctx.counts, default=0), w1.shape[1])
-        for (e, rows), before, mask in zip(runs, kept, masks):
-            grad_y = grad[rows]
-            if grad_w2 is not None:
-                after = torch.ops.aten.gelu.out(before, out=scratch[: len(before)])
+        parts = _busy(ctx.counts, rows=(x, grad, grad_x), experts=(w1, w2, grad_w1, grad_b1, grad_w2, grad_b2))
+        for before, mask, (x_e, grad_y, dx, w1_e, w2_e, dw1, db1, dw2, db2) in zip(kept, masks, parts):
+            count = len(before)
+            if dw2 is not None:
+                after = torch.ops.aten.gelu.out(before, out=scratch[:count])
                 if mask is not None:
                     _drop(after, mask, ctx.drop)
-                torch.mm(after.t(), grad_y, out=grad_w2[e])
-            if grad_b2 is not None:
-                torch.sum(grad_y, 0, out=grad_b2[e])
-            grad_h = torch.mm(grad_y, w2[e].t(), out=more[: len(before)])
+                torch.mm(after.t(), grad_y, out=dw2)
+            if db2 is not None:
+                torch.sum(grad_y, 0, out=db2)
+            grad_h = torch.mm(grad_y, w2_e.t(), out=more[:count])
             if mask is not None:
                 _drop(grad_h, mask, ctx.drop)
-            grad_a = torch.ops.aten.gelu_backward.grad_input(grad_h, before, grad_input=scratch[: len(before)])
-            if grad_w1 is not None:
-                torch.mm(grad_a.t(), x[rows], out=grad_w1[e])
-            if grad_b1 is not None:
-                torch.sum(grad_a, 0, out=grad_b1[e])
-            if grad_x is not None:
-                torch.mm(grad_a, w1[e], out=grad_x[rows])
+            grad_a = torch.ops.aten.gelu_backward.grad_input(grad_h, before, grad_input=scratch[:count])
+            if dw1 is not None:
+                torch.mm(grad_a.t(), x_e, out=dw1)
+            if db1 is not None:
+                torch.sum(grad_a, 0, out=db1)
+            if dx is not None:
+                torch.mm(grad_a, w1_e, out=dx)
         return grad_x, None, grad_w1, grad_b1, grad_w2, grad_b2, None, None
 
 
@@ -167,13 +168,13 @@ def _drop(x: Tensor, mask: Tensor, drop: float) -> None:
     x.mul_(mask).div_(1 - drop)
 
 
-def _runs(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has any."""
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            yield e, slice(start, start + count)
-        start += count
+def _busy(
+    counts: list[int], *, rows: Sequence[Tensor | None], experts: Sequence[Tensor | None]
+) -> Iterator[tuple[Any, ...]]:
+    """For every expert that has rows: its part of each tensor of `rows`, then of `experts`; None of what is None."""
+    parts = [[None] * len(counts) if t is None else t.split(counts) for t in rows]
+    parts += [[None] * len(counts) if t is None else t.unbind(0) for t in experts]
+    return (tuple(part) for count, *part in zip(counts, *parts, strict=True) if count)
 
 
 def _grouped(x: Tensor, count_E: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, drop: float) -> Tensor:
