@@ -7,9 +7,9 @@ partition, roll and head split. Here one gather brings the rows of a few images 
 nothing of size N x N is kept between forward and backward.
 
 It is also the way through windows that no kernel takes, on any device (the sequential attention of SwinV2, section
-3.5): cut over images and windows, then heads, then rows of the N x N matrix. However large N is, scratch is two buffers
-of at most `CHUNK` logits (`DEVICE_CHUNK` on a GPU) and masked biases of at most `MASKED_BIASES` values, beside copies
-of q, k, v and their gradients for one group of images.
+3.5): cut over images and windows, then heads, then rows of the N x N matrix. However large N is, scratch is at most five
+times `CHUNK` values (`DEVICE_CHUNK` on a GPU) and masked biases of up to `MASKED_BIASES`, beside copies of q, k, v and
+their gradients for one group of images.
 
 It is a registered operator, hence one opaque node for selective activation checkpointing, export and tracing.
 """

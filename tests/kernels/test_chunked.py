@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swin_scale.kernels import chunked, reference
 
@@ -18,9 +20,9 @@ def inputs(window, dtype=torch.float64, batch=3, heads=2, d=4):
     return draw(batch, 8, 12, 3 * heads * d), scale, draw(heads, N, N, to=wide)
 
 
-def outputs(op, args, window, shift, cosine):
+def outputs(op, args, window, shift, cosine, **options):
     """Output and the gradients of everything that has one; the scale of plain attention is a constant."""
-    out = op(*args, window, shift, cosine)
+    out = op(*args, window, shift, cosine, **options)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
     wanted = args if cosine else (args[0], args[2])
     return [out, *torch.autograd.grad(out, wanted, weight)]
@@ -37,6 +39,72 @@ def test_equals_the_reference_with_every_gradient(monkeypatch, chunk, window, sh
     got = outputs(chunked.window_attention, args, window, shift, cosine)
     for a, b in zip(got, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+# With dropout pieces are smaller: from a group of images down to a row.
+@pytest.mark.parametrize("chunk", [1 << 20, 16 * 3 * 2 * 16 * 16, 16 * 700, 1])
+@pytest.mark.parametrize(("window", "shift"), WINDOWS[1:3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dropout_equals_the_reference_with_every_gradient(monkeypatch, chunk, window, shift, dtype):
+    monkeypatch.setattr(chunked, "CHUNK", chunk)
+    args, options = inputs(window, dtype), {"dropout": 0.3, "seed": torch.tensor(2**40 + 3)}
+    expected = outputs(reference.window_attention, args, window, shift, True, **options)
+    got = outputs(chunked.window_attention, args, window, shift, True, **options)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance / 100)
+    plain = outputs(chunked.window_attention, args, window, shift, True)
+    assert not torch.allclose(got[0], plain[0], atol=0.1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("chunk", [1 << 20, 700, 1])
+def test_masks_of_one_piece_at_a_time_change_nothing(monkeypatch, chunk, fused):
+    monkeypatch.setattr(chunked, "CHUNK", chunk)
+    monkeypatch.setattr(chunked, "SDPA_TOKENS", 1 if fused else 1000)
+    args = inputs((4, 4))
+    ahead = outputs(chunked.window_attention, args, (4, 4), (2, 2), True)
+    monkeypatch.setattr(chunked, "MASKED_BIASES", 0)
+    for a, b in zip(outputs(chunked.window_attention, args, (4, 4), (2, 2), True), ahead, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time, less those that were there before."""
+
+    def __init__(self, *before):
+        super().__init__()
+        self.before = {tensor.untyped_storage().data_ptr() for tensor in before}
+        self.live, self.bytes = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(made, torch.Tensor):
+                storage = made.untyped_storage()
+                if storage.data_ptr() not in self.before:
+                    self.live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {at: held for at, held in self.live.items() if not held[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("side", "shift", "heads", "dropout"), [(32, 0, 2, 0.0), (32, 16, 4, 0.0), (40, 20, 4, 0.0), (32, 0, 2, 0.1)]
+)
+def test_scratch_of_very_large_windows_is_bounded(monkeypatch, side, shift, heads, dropout):
+    """N = 1024 and 1600, forward and backward: copies of the map and its gradients, and five buffers of `CHUNK`."""
+    chunk, N = heads << 17, side * side
+    monkeypatch.setattr(chunked, "CHUNK", chunk)
+    monkeypatch.setattr(chunked, "MASKED_BIASES", chunk)
+    grad = torch.randn(1, 2 * side if shift else side, side, 16)
+    qkv, scale, bias = torch.randn(*grad.shape[:3], 48), torch.rand(heads, 1, 1), torch.randn(heads, N, N)
+    static = [side, side], [shift, 0], True, dropout, torch.tensor(3)
+    for op, args, of_bias in ((chunked._forward, (), 0), (chunked._backward, (grad,), bias.nbytes)):
+        with Peak(qkv, bias, grad) as peak:
+            op._init_fn(*args, qkv, scale, bias, *static)
+        scratch = peak.bytes - of_bias
+        assert scratch <= 8 * qkv.nbytes + 5 * 4 * chunk < heads * N * N * 4, "less than the logits of one window"
 
 
 def test_large_windows_take_the_fused_forward_and_agree(monkeypatch):
