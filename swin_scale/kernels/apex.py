@@ -46,8 +46,17 @@ def why_not_apex(part: Part = "normalization") -> str | None:
 
 
 def require_apex(part: Part, *, key: str, value: str, instead: str) -> None:
-    """Raise UserError that names the config's `key`, its `value` and what to set `instead` where Apex cannot serve."""
+    """Raise UserError that names the config's `key`, its `value` and what to set `instead` where Apex cannot serve.
+
+    NVIDIA's is imported: extensions built for another torch are found, but do not load.
+    """
     reason = why_not_apex(part)
+    if reason is None:
+        try:
+            import_apex(part)
+            importlib.import_module(_EXTENSIONS[part])
+        except ImportError as error:
+            reason = f"NVIDIA Apex does not load ({error}; build it for this torch {_BUILD})"
     if reason is not None:
         raise UserError(f"{key} is {value}, but {reason}; or set {key}={instead}")
 

@@ -4,7 +4,6 @@ NVIDIA Apex and the CUDA op of DeepSpeed's FusedAdam are stand-ins (`tests.stand
 """
 
 import json
-import sys
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from tests.engine import test_experts
 from tests.engine.test_engine import make_config, proof, resume_case, run_steps
 from tests.engine.test_stages import V2, hand_over, leg_case
 from tests.spawn import spawn_dist
-from tests.standins import NVIDIA, WEB, install_apex, install_fused_adam_op
+from tests.standins import NVIDIA, WEB, forget_apex, install_apex, install_fused_adam_op
 
 OPTIM = {"lr": 1.0, "weight_decay": 0.1, "betas": (0.7, 0.9), "eps": 0.05}
 LR = 0.01
@@ -37,8 +36,7 @@ def standins(monkeypatch):
     install_fused_adam_op()
     monkeypatch.syspath_prepend(str(NVIDIA))
     yield deepspeed
-    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
-        del sys.modules[name]
+    forget_apex()
 
 
 def adamw_by_hand(p, grads, decay, optim):
@@ -283,7 +281,10 @@ def test_what_this_machine_lacks(monkeypatch):
     with pytest.raises(UserError, match=r"optim\.name is apex_fused_lamb, but .* web toolkit"):
         check_optimizer(Optim(lr=1.0, name="apex_fused_lamb"))
     monkeypatch.syspath_prepend(str(NVIDIA))
-    check_optimizer(Optim(lr=1.0, name="apex_fused_lamb"))
+    try:
+        check_optimizer(Optim(lr=1.0, name="apex_fused_lamb"))
+    finally:
+        forget_apex()
 
 
 def test_exit_2_before_any_process_group(tmp_path, capsys, monkeypatch):

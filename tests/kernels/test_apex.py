@@ -12,17 +12,14 @@ from swin_scale.errors import UserError
 from swin_scale.kernels import ops
 from swin_scale.kernels.apex import layer_norm, require_apex, why_not_apex
 from swin_scale.models import create_model
-from tests.standins import NVIDIA, WEB
+from tests.standins import NVIDIA, WEB, forget_apex
 
 
 @pytest.fixture
 def beside(monkeypatch):
     """beside(directory): its packages can be imported during the test, and are forgotten after it."""
-    before = set(sys.modules)
     yield lambda directory: monkeypatch.syspath_prepend(str(directory))
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("apex", "fused_layer_norm_cuda", "amp_C"):
-            del sys.modules[name]
+    forget_apex()
 
 
 @pytest.fixture
@@ -54,6 +51,15 @@ def test_built_without_extensions(part, extension, beside, gpu, tmp_path):
     (tmp_path / "apex").symlink_to(NVIDIA / "apex")
     beside(tmp_path)
     assert f"built without {extension}" in why_not_apex(part)
+
+
+def test_built_for_another_torch(beside, gpu, tmp_path):
+    (tmp_path / "apex").symlink_to(NVIDIA / "apex")
+    (tmp_path / "amp_C.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    beside(tmp_path)
+    assert why_not_apex("optimizers") is None
+    with pytest.raises(UserError, match=r"optim\.name is apex_fused_adam, but NVIDIA Apex does not load \(undefined"):
+        require_apex("optimizers", key="optim.name", value="apex_fused_adam", instead="adamw")
 
 
 def test_found(beside, gpu, monkeypatch):

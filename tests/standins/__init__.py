@@ -16,6 +16,13 @@ def install_apex() -> None:
     sys.path.insert(0, str(NVIDIA))
 
 
+def forget_apex() -> None:
+    """What was imported of a stand-in, once its directory has left the path."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("apex", "fused_layer_norm_cuda", "amp_C"):
+            del sys.modules[name]
+
+
 def install_fused_adam_op() -> None:
     """DeepSpeed's FusedAdam without its CUDA op: the same update of lists of tensors in plain torch."""
     from types import SimpleNamespace
