@@ -7,7 +7,7 @@ partition, roll and head split. Here one gather brings the rows of a few images 
 nothing of size N x N is kept between forward and backward.
 
 It is also the way through windows that no kernel takes, on any device (the sequential attention of SwinV2, section
-3.5): cut over images and windows, then heads, then rows of the N x N matrix. However large N is, scratch is at most five
+3.5): cut over images and windows, then heads, then rows of the N x N matrix. However large N is, scratch is up to five
 times `CHUNK` values (`DEVICE_CHUNK` on a GPU) and masked biases of up to `MASKED_BIASES`, beside copies of q, k, v and
 their gradients for one group of images.
 
