@@ -79,7 +79,7 @@ def launch(
     grad, qkv, scale, bias = grad.contiguous(), qkv.contiguous(), scale.contiguous(), bias.contiguous()
     shape = Shape(N, head_dim, qkv.dtype)
     tile = tiles("backward" if N <= WHOLE_WINDOW else "backward_rows", shape, chip)
-    blocks = -(-N // tile.rows)
+    blocks = -(-N // tile.rows) if N > WHOLE_WINDOW else 1
     slots = slots or window_slots(windows, heads * blocks, chip)
     d_qkv = torch.empty_like(qkv)
     d_scale = qkv.new_empty(slots, blocks, heads, dtype=torch.float32)
@@ -111,7 +111,9 @@ def launch(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(qkv):
         if N <= WHOLE_WINDOW:
-            whole_windows[(slots * heads,)](BLOCK=tile.rows, **sums, **arguments, **_options(tile))
+            whole_windows[(slots * heads,)](
+                BLOCK=tile.rows, **sums, **arguments, **_options(tile)
+            )
         else:
             delta = torch.empty_like(lse)
             arguments |= {"lse": lse, "delta": delta}

@@ -147,24 +147,30 @@ def whole_windows(
             region = token_regions(token, top, left, H, W, shift_y, shift_x, WH, WW)
             logits = mask_regions(logits, region, region)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-        p = p / tl.sum(p, 1)[:, None]
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        p *= (1.0 / tl.sum(p, 1))[:, None]
+        # Each gradient is stored before the next is made, and q and k are read again from cache: all at once would not
+        # fit the registers.
         p_kept = p
         if DROPOUT:
             keep = dropout_keep(tl.load(seed), threshold, token, token, head, inside, image, N)
-            p_kept, dp = tl.where(keep, p * kept, 0.0), tl.where(keep, dp * kept, 0.0)
+            p_kept = tl.where(keep, p * kept, 0.0)
+        dv = tl.dot(tl.trans(p_kept.to(q.dtype)), do, input_precision="ieee") * size
+        store_rows(dq_head + 2 * C, dv, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            dp = tl.where(keep, dp * kept, 0.0)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         bias_sum += ds * size
-
         ds_dot = ds.to(q.dtype)
-        dv = tl.dot(tl.trans(p_kept.to(q.dtype)), do, input_precision="ieee") * size
-        dk = tl.dot(tl.trans(ds_dot), q_dot, input_precision="ieee") * (size * LN2)
         g = tl.dot(ds_dot, k_dot, input_precision="ieee") * size
+        q = load_rows(q_head, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
         scale_sum += tl.sum(g * _scored(q, COSINE), 1)
-        dq, dk = _through_norm(g * tau, q, COSINE), _through_norm(dk, k, COSINE)
+        dq = _through_norm(g * tau, q, COSINE)
         store_rows(dq_head, dq, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+        k = load_rows(q_head + C, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
+        dk = tl.dot(tl.trans(ds_dot), q_dot, input_precision="ieee") * (size * LN2)
+        dk = _through_norm(dk, k, COSINE)
         store_rows(dq_head + C, dk, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
-        store_rows(dq_head + 2 * C, dv, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
 
     tl.store(dscale + slot * heads + head, tl.sum(scale_sum, 0))
     _add_bias_sum(dbias, head if ATOMIC else slot * heads + head, token, token, bias_sum, N, ATOMIC)
