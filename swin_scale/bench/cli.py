@@ -43,8 +43,9 @@ def add_parser(verbs: Any) -> None:
                          help="from Python, or as CUDA graphs; default: both on a GPU")  # fmt: skip
     kernels.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
     kernels.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further shape after this time")
-    kernels.add_argument("--ops", action=argparse.BooleanOptionalAction,
-                         help="norms, patch merging and MoE token moves; default: on a GPU")  # fmt: skip
+    kernels.add_argument("--parts", nargs="+", choices=("attention", "ops"), default=(),
+                         help="ops: norms, patch merging and MoE token moves; default: both on a GPU")  # fmt: skip
+    kernels.add_argument("--shifts", nargs="+", choices=("shifted", "unshifted"), default=("shifted", "unshifted"))
     kernels.add_argument("--official", metavar="DIR", help="a checkout of microsoft/Swin-Transformer")
     kernels.add_argument("--fwa", metavar="DIR", help="a checkout of emiledgl/flash-window-attention-v2")
     kernels.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -138,7 +139,8 @@ def _kernels(arguments: argparse.Namespace) -> int:
             launches=arguments.launches,
             rounds=arguments.rounds,
             budget=arguments.budget,
-            ops=arguments.ops,
+            shifts=arguments.shifts,
+            parts=arguments.parts,
             official=arguments.official,
             fwa=arguments.fwa,
             threads=arguments.threads,

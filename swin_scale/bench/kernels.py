@@ -21,12 +21,13 @@ from swin_scale.bench.ceilings import ceilings
 from swin_scale.bench.kernel_peers import Region, peer_errors
 from swin_scale.bench.kernel_report import picture, table
 from swin_scale.bench.measure import LAUNCHES, MODES, Candidate, failure, measure, peak_bytes
-from swin_scale.bench.region import Floor, Inputs, Shape, draw, floors, judged_images, outcome, shapes
+from swin_scale.bench.region import SHIFTS, Floor, Inputs, Shape, draw, floors, judged_images, outcome, shapes
 from swin_scale.bench.result import Result, describe, fixed_threads
 from swin_scale.bench.timing import Comparison
 from swin_scale.errors import SwinScaleError, UserError
 from swin_scale.files import write_atomic
 
+PARTS = ("attention", "ops")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 GATE_FACTOR = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 2.0}
@@ -65,7 +66,8 @@ def bench_kernels(
     launches: Sequence[str] = (),
     rounds: int = 20,
     budget: float | None = None,
-    ops: bool | None = None,
+    shifts: Sequence[str] = SHIFTS,
+    parts: Sequence[str] = (),
     official: str | None = None,
     fwa: str | None = None,
     threads: int = 2,
@@ -83,7 +85,9 @@ def bench_kernels(
         launches: `calls`, `graphs` or both (default) on a GPU; a CPU has calls.
         rounds: see `timing.compare`; 20 give the 40 pairs that a claim needs.
         budget: seconds after which no further shape is begun; those left out are named.
-        ops: also norms, patch merging and MoE token moves; default: on a GPU.
+        shifts: of `region.SHIFTS`.
+        parts: `attention`, `ops` (norms, patch merging, MoE token moves) or both; default: both on a GPU, where ours
+            are not torch's own.
         official: a checkout of microsoft/Swin-Transformer; fwa: one of emiledgl/flash-window-attention-v2.
         threads: of torch on the CPU.
         device: default: the first CUDA device, or the CPU.
@@ -100,7 +104,8 @@ def bench_kernels(
         name for name in KERNEL_PEERS if name != "autotuned" and (gpu or name in ("official", "official-code", "sdpa"))
     )
     _check(dtypes, only, launches, gpu)
-    wanted = shapes(names, models)
+    parts = tuple(parts) or (PARTS if gpu else PARTS[:1])
+    wanted = shapes(names, models, shifts) if "attention" in parts else []
     deadline = None if budget is None else time.monotonic() + budget
     cases: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -115,8 +120,7 @@ def bench_kernels(
                     continue
                 cases.append(_case(shape, dtype, batch, where, only, launches, rounds, rates[dtype], official, fwa))
         measured_ops = []
-        # On a CPU these ops are torch's own.
-        for dtype in dtypes if (gpu if ops is None else ops) else ():
+        for dtype in dtypes if "ops" in parts else ():
             if deadline is not None and time.monotonic() > deadline:
                 left_out.append(f"norms, patch merging and token moves, {dtype}")
                 continue
@@ -125,7 +129,7 @@ def bench_kernels(
             )
         figures = describe(
             "kernels",
-            _command(names, models, batch, dtypes, only, launches, rounds, ops, official, fwa, threads),
+            _command(names, models, shifts, parts, batch, dtypes, only, launches, rounds, official, fwa, threads),
             where,
         )
     figures |= {
@@ -338,21 +342,27 @@ def _check(dtypes: Sequence[str], only: Sequence[str], launches: Sequence[str], 
 def _command(
     names: Sequence[str],
     models: Sequence[str],
+    shifts: Sequence[str],
+    parts: Sequence[str],
     batch: int,
     dtypes: Sequence[str],
     only: Sequence[str],
     launches: Sequence[str],
     rounds: int,
-    ops: bool | None,
     official: str | None,
     fwa: str | None,
     threads: int,
 ) -> str:
-    parts = [f"swin-scale bench kernels --batch {batch} --rounds {rounds} --threads {threads}"]
-    parts += [f"--dtypes {' '.join(dtypes)} --launches {' '.join(launches)} --peers {' '.join(only)}"]
-    parts += ["--shapes " + " ".join(f"'{name}'" for name in names)] * bool(names)
-    parts += [f"--models {' '.join(models)}"] * bool(models)
-    parts += (
-        ["--no-ops"] * (ops is False) + ["--official DIR"] * (official is not None) + ["--fwa DIR"] * (fwa is not None)
-    )
-    return " ".join(parts)
+    words = ["swin-scale bench kernels", f"--batch {batch} --rounds {rounds} --threads {threads}"]
+    for flag, values in (
+        ("parts", parts),
+        ("shapes", [f"'{name}'" for name in names]),
+        ("models", models),
+        ("shifts", shifts),
+        ("dtypes", dtypes),
+        ("launches", launches),
+        ("peers", only),
+    ):
+        words += [f"--{flag} {' '.join(values)}"] * bool(values)
+    words += ["--official DIR"] * (official is not None) + ["--fwa DIR"] * (fwa is not None)
+    return " ".join(words)

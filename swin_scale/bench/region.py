@@ -33,6 +33,8 @@ _TABLE = (
 FIRST = ("T w8 s1", "B 192 w12 s1", "T w16 s1", "L 384 w24 s1")
 """The shapes that tell most: one of each window size, where a model spends its time."""
 
+SHIFTS = ("shifted", "unshifted")
+
 QUANTITIES = ("output", "q", "k", "v", "scale", "bias")
 """What the gate compares: the output, and the gradients of the rest."""
 
@@ -116,9 +118,12 @@ def floors(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, Floor]:
     return {"forward": forward, "forward+backward": both}
 
 
-def shapes(names: Sequence[str] = (), models: Sequence[str] = ()) -> list[Shape]:
-    """Of the table (default: all of it, the most telling first), or all stages of other `models`; each unshifted and,
-    where the stage shifts, shifted. Raises UserError for a name that is not in the table."""
+def shapes(names: Sequence[str] = (), models: Sequence[str] = (), shifts: Sequence[str] = SHIFTS) -> list[Shape]:
+    """Of the table (default: all of it, the most telling first), or all stages of other `models`.
+
+    Each is there unshifted and, where the stage shifts, shifted, as far as `shifts` asks for it. Raises UserError for a
+    name that is not in the table.
+    """
     table = {f"{family} s{i}": (model, i) for family, model, numbers in _TABLE for i in numbers}
     unknown = [name for name in names if name not in table]
     if unknown:
@@ -142,7 +147,8 @@ def shapes(names: Sequence[str] = (), models: Sequence[str] = ()) -> list[Shape]
                 )
             )
     # All shifted ones first: that is the kernel with everything in it.
-    return sorted(found, key=lambda shape: not shape.shifted)
+    wanted_kinds = [SHIFTS[not shape.shifted] in shifts for shape in found]
+    return sorted((s for s, is_wanted in zip(found, wanted_kinds) if is_wanted), key=lambda shape: not shape.shifted)
 
 
 @dataclass(frozen=True, kw_only=True)

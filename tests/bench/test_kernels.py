@@ -73,6 +73,7 @@ def test_shifted_shapes_come_first_and_every_shape_unshifted_too():
     assert [shape.name for shape in found[:4]] == ["T w8 s1", "B 192 w12 s1", "T w16 s1", "L 384 w24 s1"]
     assert sum(not shifted for shifted in kinds) == len(TABLE)
     assert [shape.title for shape in shapes(["B 192 w12 s4"])] == ["B 192 w12 s4"]
+    assert [shape.title for shape in shapes(["T w8 s1"], shifts=("shifted",))] == ["T w8 s1, shifted"]
     with pytest.raises(UserError, match="--shapes 'T w9 s1' is not one of 'T w8 s1'"):
         shapes(["T w9 s1"])
 
@@ -241,7 +242,7 @@ def test_a_checkout_that_cannot_be_imported_is_a_missing_peer(tmp_path):
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "kernels.json"
     result = bench_kernels(
-        models=[NANO], batch=2, rounds=1, threads=1, only=PEERS, ops=True, device="cpu", out=str(out)
+        models=[NANO], batch=2, rounds=1, threads=1, only=PEERS, parts=("attention", "ops"), device="cpu", out=str(out)
     )
     return result, json.loads(out.read_text()), out.with_suffix(".svg").read_text()
 
@@ -253,7 +254,9 @@ def test_a_run_on_the_cpu_writes_every_field_and_says_so(result):
         *("settings", "ceilings", "cases", "ops", "left_out"),
     }
     assert "CPU variants" in figures["settings"]["note"] and "CPU variants" in str(result)
-    assert figures["command"].startswith("swin-scale bench kernels --batch 2 --rounds 1 --threads 1 --dtypes fp32")
+    assert figures["command"].startswith(
+        "swin-scale bench kernels --batch 2 --rounds 1 --threads 1 --parts attention ops"
+    )
     assert f"--models {NANO}" in figures["command"] and figures["left_out"] == []
     rates = figures["ceilings"]["fp32"]
     assert min(rates[key] for key in ("copy_bytes_per_s", "matmul_flops", "exp_per_s")) > 1e6
@@ -299,7 +302,7 @@ def test_the_picture_has_a_bar_for_each_ratio(result):
 
 def test_shapes_after_the_budget_are_named():
     figures = bench_kernels(
-        ["T w8 s4"], batch=1, rounds=1, threads=1, only=PEERS, budget=0.0, ops=True, device="cpu"
+        ["T w8 s4"], batch=1, rounds=1, threads=1, only=PEERS, budget=0.0, parts=("attention", "ops"), device="cpu"
     ).figures
     assert figures["cases"] == figures["ops"] == []
     assert figures["left_out"] == ["T w8 s4, fp32", "norms, patch merging and token moves, fp32"]
