@@ -28,18 +28,18 @@ def why_not_apex(part: Part = "normalization") -> str | None:
     Nothing is imported for it: the namesake would start its web framework, or fail on another version of that.
     """
     spec = importlib.util.find_spec("apex")
-    if spec is None:
+    # A directory called apex without code of its own, such as a checkout of Apex, has no origin.
+    if spec is None or spec.origin is None:
         return f"NVIDIA Apex is not installed (it is not on PyPI: build it {_BUILD})"
     places = list(spec.submodule_search_locations or ())
-    where = places[0] if places else spec.origin
     if PathFinder.find_spec("apex.normalization", places) is None:
         return (
-            f"the package apex in {where} is not NVIDIA's but the web toolkit of that name on PyPI (pip uninstall "
+            f"the package apex in {spec.origin} is not NVIDIA's but the web toolkit of that name on PyPI (pip uninstall "
             f"apex, then build NVIDIA's {_BUILD})"
         )
     extension = _EXTENSIONS[part]
     if importlib.util.find_spec(extension) is None:
-        return f"NVIDIA Apex in {where} was built without {extension} (build it again {_BUILD})"
+        return f"NVIDIA Apex in {spec.origin} was built without {extension} (build it again {_BUILD})"
     if not torch.cuda.is_available():
         return "NVIDIA Apex computes on CUDA devices only, and none is usable here"
     return None

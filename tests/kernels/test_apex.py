@@ -33,6 +33,12 @@ def test_missing(part, gpu):
     assert "not installed" in reason and "not on PyPI" in reason and "https://github.com/NVIDIA/apex" in reason
 
 
+def test_a_checkout_is_no_installation(beside, gpu, tmp_path):
+    (tmp_path / "apex" / "apex" / "normalization").mkdir(parents=True)
+    beside(tmp_path)
+    assert "not installed" in why_not_apex()
+
+
 @pytest.mark.parametrize("part", ["normalization", "optimizers"])
 def test_the_namesake_is_named_and_not_run(part, beside, gpu):
     beside(WEB)
