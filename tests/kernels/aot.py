@@ -163,7 +163,9 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constants), attrs=dict(attributes or {}))
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    # Said, because Triton is about to change what it does unasked.
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
     usage = _resource_usage(compiled.asm["cubin"])
     return Figures(
         registers=usage["REG"],

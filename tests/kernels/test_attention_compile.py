@@ -149,7 +149,6 @@ def test_tf32_and_large_tiles_are_seen():
             tile = tl.load(x + at)
             tl.store(x + at, tl.dot(tile, tile, input_precision=PRECISION))
 
-        product.fn.__globals__.update(tl=tl)
         kinds = {"x": "*fp32", "PRECISION": "constexpr"}
         exact, rounded = (
             aot.compile_kernel(product, kinds, {"PRECISION": precision}, 80) for precision in ("ieee", "tf32")
