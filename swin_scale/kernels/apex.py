@@ -34,8 +34,8 @@ def why_not_apex(part: Part = "normalization") -> str | None:
     places = list(spec.submodule_search_locations or ())
     if PathFinder.find_spec("apex.normalization", places) is None:
         return (
-            f"the package apex in {spec.origin} is not NVIDIA's but the web toolkit of that name on PyPI (pip uninstall "
-            f"apex, then build NVIDIA's {_BUILD})"
+            f"the package apex in {spec.origin} is not NVIDIA's but the web toolkit of that name on PyPI (pip "
+            f"uninstall apex, then build NVIDIA's {_BUILD})"
         )
     extension = _EXTENSIONS[part]
     if importlib.util.find_spec(extension) is None:
