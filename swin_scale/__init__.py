@@ -1,7 +1,7 @@
 """Pretrain Swin Transformers at scale.
 
-``create_model``, ``list_models``, ``load_weights`` and ``predict`` are looked up on first use, so that importing the
-package brings in neither torch nor numpy.
+``create_model``, ``create_simmim``, ``list_models``, ``load_weights`` and ``predict`` are looked up on first use, so
+that importing the package brings in neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swin_scale.convert import load_weights
-    from swin_scale.models import create_model, list_models
+    from swin_scale.models import create_model, create_simmim, list_models
     from swin_scale.predictor import predict
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "list_models", "load_weights", "predict"]
+__all__ = ["__version__", "create_model", "create_simmim", "list_models", "load_weights", "predict"]
 
 _HOMES = {
     "create_model": "swin_scale.models",
+    "create_simmim": "swin_scale.models",
     "list_models": "swin_scale.models",
     "load_weights": "swin_scale.convert",
     "predict": "swin_scale.predictor",

@@ -2,8 +2,8 @@
 
 | parameter | value |
 |---|---|
-| weights of Linear and Conv1d, V1 bias tables, absolute position | normal, std `Variant.init_std` |
-| patch embedding (Conv2d) weight and bias | uniform within 1 / sqrt(fan in), torch's default |
+| weights of Linear and Conv1d, V1 bias tables, absolute position, mask token | normal, std `Variant.init_std` |
+| patch embedding and SimMIM decoder (Conv2d), weight and bias | uniform within 1 / sqrt(fan in), torch's default |
 | LayerNorm | 1 and 0; after a V2 branch both 0, so that a block starts as the identity (SwinV2, section 3.1) |
 | logit_scale | ln 10 |
 | experts and cosine gates, of either backend | `moe.initial` |
@@ -24,20 +24,21 @@ from swin_scale.moe.initial import initial_value
 from swin_scale.moe.tutel import TutelMoEMlp
 
 if TYPE_CHECKING:
+    from swin_scale.models.simmim import SimMIM
     from swin_scale.models.swin import Swin
 
 INITIAL_LOGIT_SCALE = math.log(10.0)
 
 
 @torch.no_grad()
-def init_parameters(model: "Swin", seed: int) -> None:
+def init_parameters(model: "Swin | SimMIM", seed: int) -> None:
     """Initialise all parameters of `model` with `initial_values`."""
     parameters = dict(model.named_parameters())
     for name, value in initial_values(model, seed):
         parameters[name].copy_(value)
 
 
-def initial_values(model: "Swin", seed: int) -> Iterator[tuple[str, Tensor]]:
+def initial_values(model: "Swin | SimMIM", seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of every parameter, in the order of `named_parameters`, drawn one by one as they are asked for.
 
     Values are drawn on the CPU in fp32 from a generator of their own, whatever the device and dtype of the model, so

@@ -194,7 +194,7 @@ class Swin(nn.Module):
         """
         if stats and not self.is_moe:
             raise UserError(f"stats: a dense {self.variant.family} model routes nothing; call it without")
-        outputs, aux, routing = self._encode(self.embed(x))
+        outputs, aux, routing = self.encode(self.embed(x))
         logits = self.head(self.norm(outputs[-1]).mean((1, 2)))
         if not self.is_moe:
             return logits
@@ -203,15 +203,15 @@ class Swin(nn.Module):
 
     def forward_pooled(self, x: Tensor) -> Tensor:
         """Images to (B, C): mean of the normed tokens, what the head reads."""
-        return self.norm(self._encode(self.embed(x))[0][-1]).mean((1, 2))
+        return self.norm(self.encode(self.embed(x))[0][-1]).mean((1, 2))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the normed last map (B, C, H / stride, W / stride), in channels-last memory."""
-        return self.norm(self._encode(self.embed(x))[0][-1]).permute(0, 3, 1, 2)
+        return self.norm(self.encode(self.embed(x))[0][-1]).permute(0, 3, 1, 2)
 
     def forward_intermediates(self, x: Tensor) -> list[Tensor]:
         """Images to the output of every stage before merging, un-normed, (B, C_i, H_i, W_i), for dense prediction."""
-        return [y.permute(0, 3, 1, 2) for y in self._encode(self.embed(x))[0]]
+        return [y.permute(0, 3, 1, 2) for y in self.encode(self.embed(x))[0]]
 
     def embed(self, x: Tensor) -> Tensor:
         """Images to the patch tokens (B, H / patch, W / patch, embed_dim) that the first stage starts from."""
@@ -223,7 +223,7 @@ class Swin(nn.Module):
             )
         return self.patch_embed(x)
 
-    def _encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], dict[str, RoutingStats]]:
+    def encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], dict[str, RoutingStats]]:
         """Patch tokens to the output of every stage before merging, and auxiliary losses and routing of MoE blocks."""
         if self.variant.ape:
             x = x + self.absolute_pos_embed.view(1, *x.shape[1:])

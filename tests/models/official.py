@@ -13,8 +13,13 @@ DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask", "_nu
 """Ends of the names of buffers that follow from the configuration."""
 
 
-def build_official(stem: str, classes: int, changes: dict[str, Any] | None = None) -> torch.nn.Module:
-    """The model of the one official config file whose stem matches `stem` (a glob), with `changes` of its values."""
+def build_official(
+    stem: str, classes: int, changes: dict[str, Any] | None = None, *, pretrain: bool = False
+) -> torch.nn.Module:
+    """The model of the one official config file whose stem matches `stem` (a glob), with `changes` of its values.
+
+    With `pretrain`, the SimMIM model around it.
+    """
     import tests.peers  # noqa: F401  (makes timm importable, which the official code wants)
 
     if CHECKOUT not in sys.path:
@@ -27,7 +32,7 @@ def build_official(stem: str, classes: int, changes: dict[str, Any] | None = Non
     _update_config_from_file(config, str(path))
     # main.py sets the class count from the data set.
     config.merge_from_list(["MODEL.NUM_CLASSES", classes, *sum((changes or {}).items(), ())])
-    return build_model(config)
+    return build_model(config, is_pretrain=pretrain)
 
 
 @torch.no_grad()
