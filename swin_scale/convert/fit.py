@@ -1,24 +1,23 @@
 """Fitting one state dict to the keys and shapes of another, with a reason for everything that is not a plain copy.
 
 Rules, in the order they are tried: prefixes (``module.`` of DistributedDataParallel, ``encoder.`` of SimMIM), derived
-buffers (dropped: the model rebuilds them), aliases, the head, bicubic resizing of position tables (official
-fine-tuning of Swin V1), equal shapes. What no rule explains is an error.
+buffers (dropped: the model rebuilds them), aliases, the head, resizing of Swin V1's position tables (`tables`), equal
+shapes. What no rule explains is an error.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from swin_scale import labels
 from swin_scale.convert.report import Line, Report
+from swin_scale.convert.tables import resized
 from swin_scale.errors import CheckpointError
 
 Head = Literal["auto", "keep", "zero", "init", "map22kto1k"]
@@ -97,7 +96,7 @@ def fit(
         elif tensor.shape == target[name].shape:
             state.place(key, name, tensor, reason, changed=False)
         else:
-            tensor, how = _resize(name, tensor, target[name], where)
+            tensor, how = resized(name, tensor, target[name], where, geometric=_is_masked(key))
             state.place(key, name, tensor, f"{reason}, {how}" if reason else how, changed=True)
     _fit_head({name: key for key, (name, _) in names.items() if name in _HEAD}, source, state, head)
     _refuse_unknown(state, names)
@@ -208,36 +207,13 @@ def _head_policy(head: Head, there: int | None, here: int, where: str) -> str:
     return head
 
 
-def adapted(name: str, tensor: Tensor, wanted: Tensor, where: str) -> Tensor:
-    """`tensor` in the shape and dtype of `wanted`, as `fit` makes it for the parameter `name`; same if it has them."""
+def adapted(key: str, name: str, tensor: Tensor, wanted: Tensor, where: str) -> Tensor:
+    """The `tensor` at `key` in the shape and dtype of `wanted`, as `fit` makes it for the parameter `name`."""
     if tensor.shape != wanted.shape:
-        tensor, _ = _resize(name, tensor, wanted, where)
+        tensor, _ = resized(name, tensor, wanted, where, geometric=_is_masked(key))
     return tensor.to(wanted.dtype)
 
 
-def _resize(name: str, tensor: Tensor, wanted: Tensor, where: str) -> tuple[Tensor, str]:
-    """Bicubic resizing of Swin V1 position tables and of absolute position embeddings, as official fine-tuning does."""
-    is_table = name.endswith("relative_position_bias_table") and tensor.dim() == wanted.dim() == 2
-    is_grid = name.endswith("absolute_pos_embed") and tensor.dim() == wanted.dim() == 3
-    if is_table and tensor.shape[1] == wanted.shape[1]:
-        resized = _bicubic(tensor[None], wanted.shape[0])
-    elif is_grid and tensor.shape[2] == wanted.shape[2]:
-        resized = _bicubic(tensor, wanted.shape[1])
-    else:
-        return tensor, ""  # `place` refuses it, naming both shapes
-    if resized is None:
-        shapes = f"{tuple(tensor.shape)} cannot be resized to {tuple(wanted.shape)}"
-        raise CheckpointError(f"{where}: {name} of {shapes}: only square windows and maps can")
-    resized = resized[0] if is_table else resized
-    old, new = (math.isqrt(t.shape[0 if is_table else 1]) for t in (tensor, wanted))
-    return resized.to(tensor.dtype), f"bicubic from {old} x {old} to {new} x {new}"
-
-
-def _bicubic(grid: Tensor, length: int) -> Tensor | None:
-    """(1, s * s, C) to (1, length, C) through an s x s image; None when either is not square."""
-    old, new = math.isqrt(grid.shape[1]), math.isqrt(length)
-    if old * old != grid.shape[1] or new * new != length or not old:
-        return None
-    image = grid.float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
-    return image.permute(0, 2, 3, 1).reshape(1, length, -1)
+def _is_masked(key: str) -> bool:
+    """Whether a key belongs to a SimMIM model."""
+    return key.removeprefix("module.").startswith("encoder.")

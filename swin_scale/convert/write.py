@@ -130,7 +130,7 @@ def _tidy(view: View, model: str | None) -> tuple[Weights, Report, dict[str, Any
 def _step(source: str, name: str, changes: bool, target: Mapping[str, Tensor], where: str) -> Step:
     if not changes:
         return Step((source,), (name,))
-    return Step((source,), (name,), lambda values: [adapted(name, values[0], target[name], where)])
+    return Step((source,), (name,), lambda values: [adapted(source, name, values[0], target[name], where)])
 
 
 def _as_it_is(weights: Weights) -> Report:
