@@ -34,8 +34,9 @@ GATE_FACTOR = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 2.0}
 """Our error may be this many times the official code's: under AMP in half precision, where fp32 is its arithmetic
 between the products, and its own in fp32, where both are at rounding."""
 
-SCALE_FACTOR = 2.0
-"""Allowed for the gradient of the scale: a few sums with a sign each, in which luck decides between equal codes."""
+SCALE_FACTOR, SCALE_ROUNDINGS = 2.0, {torch.float16: 8, torch.bfloat16: 8, torch.float32: 64}
+"""Allowed for the gradient of the scale, one number a head, is twice the official chain's error, or so many roundings
+of the dtype. It is a sum of terms of either sign: which of two equally exact codes comes nearer is luck."""
 
 PEER_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
 """Relative error past which a peer does not compute the same function."""
@@ -252,8 +253,9 @@ def allowance(errors: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> di
     judge = next((name for name in ("official-amp", "official") if "output" in errors.get(name, {})), None)
     if judge is None:
         return dict.fromkeys(errors["ours"], PEER_LIMIT[dtype])
-    factors = dict.fromkeys(errors["ours"], GATE_FACTOR[dtype]) | {"scale": SCALE_FACTOR}
-    return {name: factor * errors[judge][name] for name, factor in factors.items()}
+    allowed = {name: GATE_FACTOR[dtype] * error for name, error in errors[judge].items()}
+    rounding = torch.finfo(dtype).eps / 2
+    return allowed | {"scale": max(SCALE_FACTOR * errors[judge]["scale"], SCALE_ROUNDINGS[dtype] * rounding)}
 
 
 def excess(errors: Mapping[str, float], allowed: Mapping[str, float]) -> str | None:

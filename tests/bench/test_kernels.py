@@ -112,7 +112,8 @@ def test_under_amp_only_the_products_are_in_half_precision():
     assert errors["official-amp"]["output"] < 0.7 * errors["official"]["output"] < 0.1
     assert errors["ours"]["output"] < errors["official-amp"]["output"]
     allowed = allowance(errors, torch.bfloat16)
-    assert allowed["q"] == errors["official-amp"]["q"] and allowed["scale"] == 2 * errors["official-amp"]["scale"]
+    assert allowed["q"] == errors["official-amp"]["q"]
+    assert allowed["scale"] == max(2 * errors["official-amp"]["scale"], 2**-5)
     assert excess(errors["ours"], allowed) is None
 
 

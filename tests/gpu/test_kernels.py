@@ -80,11 +80,14 @@ def outcome(function, inputs, upstream):
 
 
 def assert_at_most_twice(ours, torchs, exact):
-    """Errors of ours against those of torch. Of a few values one rounding of their size is let pass: luck decides."""
+    """Errors of ours against those of torch.
+
+    Eight roundings of a few sums, as the gradient of the scale is, are let pass: between equals luck decides there.
+    """
     for number, (a, b, e) in enumerate(zip(ours, torchs, exact, strict=True)):
         mine, theirs = (float((part.double() - e).norm()) for part in (a, b))
-        rounding = torch.finfo(b.dtype).eps / 2 * float(e.norm()) if a.numel() < 256 else 0.0
-        assert mine <= 2 * theirs + rounding, (number, mine, theirs, float(e.norm()))
+        luck = 4 * torch.finfo(b.dtype).eps * float(e.norm()) if a.numel() < 16 else 0.0
+        assert mine <= 2 * theirs + luck, (number, mine, theirs, float(e.norm()))
 
 
 def check_attention(name, dtype, device, *, dropout=0.0, sharp=1.0, deterministic=True):
