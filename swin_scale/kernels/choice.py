@@ -69,8 +69,16 @@ def use_triton(
     return reason is None
 
 
-@cache
 def _why_not_here(device: torch.device, dtype: torch.dtype, interpreted: bool) -> str | None:
+    return _ask(device, dtype, interpreted)
+
+
+# What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds.
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _ask(device: torch.device, dtype: torch.dtype, interpreted: bool) -> str | None:
     if device.type == "cpu" and not interpreted:
         return "there is no CUDA device, and TRITON_INTERPRET=1, which runs kernels slowly on a CPU, is not set"
     if device.type not in ("cpu", "cuda"):
@@ -96,10 +104,6 @@ def _why_not_here(device: torch.device, dtype: torch.dtype, interpreted: bool) -
                 f"kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later"
             )
     return None
-
-
-# What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds.
-_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _name(dtype: torch.dtype) -> str:

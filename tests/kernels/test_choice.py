@@ -17,9 +17,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def asked_anew(monkeypatch):
     """No answer of before is remembered, nor one of here afterwards."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    choice._why_not_here.cache_clear()
+    choice._ask.cache_clear()
     yield
-    choice._why_not_here.cache_clear()
+    choice._ask.cache_clear()
 
 
 @pytest.fixture
