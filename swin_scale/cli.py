@@ -54,13 +54,18 @@ def build_parser() -> argparse.ArgumentParser:
     local.add_argument("--allow-change", action="store_true", help="passed on to `train`")
     local.set_defaults(handler=_launch_local)
 
-    evaluate = verbs.add_parser("eval", help="top-1 and top-5 over shards")
+    evaluate = verbs.add_parser(
+        "eval", help="top-1 and top-5 over shards, of a model or of a classifier on its features"
+    )
     _weights_arguments(evaluate)
     evaluate.add_argument("--data", nargs="+", required=True, metavar="DIR", help="shard directories")
     evaluate.add_argument("--img-size", type=int, help="input size in pixels; default: the model's")
     evaluate.add_argument("--squash", action="store_true", help="resize to the square instead of cropping the centre")
     evaluate.add_argument("--batch", type=int, default=64)
     evaluate.add_argument("--workers", type=int, default=2)
+    evaluate.add_argument("--probe", choices=("knn", "linear", "few-shot"), help="a classifier on frozen features")
+    evaluate.add_argument("--train", nargs="+", metavar="DIR", help="shard directories that the classifier learns from")
+    evaluate.add_argument("--shots", type=int, default=5, help="images of each class for few-shot")
     evaluate.set_defaults(handler=_evaluate)
 
     predict = verbs.add_parser("predict", help="labels for image files, with names")
@@ -163,22 +168,28 @@ def _launch_local(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import json
 
-    from swin_scale.evaluate import evaluate_weights
+    from swin_scale.errors import UserError
 
-    print(
-        json.dumps(
-            evaluate_weights(
-                arguments.weights,
-                arguments.data,
-                model=arguments.model,
-                kind="ema" if arguments.ema else "master",
-                img_size=arguments.img_size,
-                crop=not arguments.squash,
-                batch=arguments.batch,
-                workers=arguments.workers,
-            )
-        )
-    )
+    if arguments.probe and not arguments.train:
+        raise UserError(f"--probe {arguments.probe} needs --train, the shards that the classifier learns from")
+    options = {
+        "model": arguments.model,
+        "kind": "ema" if arguments.ema else "master",
+        "img_size": arguments.img_size,
+        "crop": not arguments.squash,
+        "batch": arguments.batch,
+        "workers": arguments.workers,
+    }
+    if arguments.probe:
+        from swin_scale.probe import probe
+
+        what = {"method": arguments.probe, "shots": arguments.shots}
+        figures = probe(arguments.weights, arguments.train, arguments.data, **what, **options)
+    else:
+        from swin_scale.evaluate import evaluate_weights
+
+        figures = evaluate_weights(arguments.weights, arguments.data, **options)
+    print(json.dumps(figures))
     return 0
 
 

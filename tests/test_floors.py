@@ -24,7 +24,7 @@ FLOOR_0 = {
 }
 FLOOR_1 = {"models", "moe", "kernels", "checkpoint"}
 FLOOR_2 = {"engine", "data", "convert", "report"}
-FLOOR_3 = {"cli", "job", "train", "evaluate", "predictor", "routing", "plan", "bench", "__main__"}
+FLOOR_3 = {"cli", "job", "train", "evaluate", "predictor", "probe", "routing", "plan", "bench", "__main__"}
 HOMES = {
     "deepspeed": {"swin_scale/engine/fragments.py"},
     "webdataset": {"swin_scale/data"},
