@@ -8,10 +8,12 @@ It is an operator of its own, so that tracing and compilation see one opaque nod
 kernels and the formulae; it imports Triton and is imported when one is to run.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from swin_scale.kernels.tuning import WHOLE_WINDOW, Shape, Tiles, chip_of, power_of_two, tiles, window_slots
+from swin_scale.kernels import tuning
 
 
 @torch.library.custom_op("swin_scale::fused_window_attention_backward", mutates_args=())
@@ -72,25 +74,19 @@ def launch(
     Args:
         slots: programs that share the windows of a head (and of a block of rows); None: as `tuning` has it.
     """
-    from swin_scale.kernels.attention_gradients import key_rows, query_rows, whole_windows
+    from swin_scale.kernels.attention_forward import pack_bias
+    from swin_scale.kernels.attention_gradients import bias_tiles, key_rows, query_rows, whole_windows
 
-    (B, H, W, C3), (heads, N, _), (WH, WW) = qkv.shape, bias.shape, window_size
-    windows, head_dim, chip = B * H * W // N, C3 // 3 // heads, chip_of(qkv.device)
+    (B, H, W, C3), (heads, N, _) = qkv.shape, bias.shape
+    windows, head_dim, chip = B * H * W // N, C3 // 3 // heads, tuning.chip_of(qkv.device)
     grad, qkv, scale, bias = grad.contiguous(), qkv.contiguous(), scale.contiguous(), bias.contiguous()
-    shape = Shape(N, head_dim, qkv.dtype)
-    tile = tiles("backward" if N <= WHOLE_WINDOW else "backward_rows", shape, chip)
-    blocks = -(-N // tile.rows) if N > WHOLE_WINDOW else 1
-    slots = slots or window_slots(windows, heads * blocks, chip)
+    shape = tuning.Shape(N, head_dim, qkv.dtype)
     d_qkv = torch.empty_like(qkv)
-    d_scale = qkv.new_empty(slots, blocks, heads, dtype=torch.float32)
-    empty = torch.empty if deterministic else torch.zeros
-    d_bias = empty(slots if deterministic else 1, heads, N, N, dtype=torch.float32, device=qkv.device)
     arguments = {
         "grad": grad,
         "qkv": qkv,
         "scale": scale,
         "seed": seed,
-        "dqkv": d_qkv,
         "threshold": int(dropout * 2**32),
         "kept": 1 / (1 - dropout),
         "windows": windows,
@@ -99,37 +95,77 @@ def launch(
         "W": W,
         "shift_y": shift_size[0],
         "shift_x": shift_size[1],
-        "WH": WH,
-        "WW": WW,
+        "WH": window_size[0],
+        "WW": window_size[1],
         "HEAD_DIM": head_dim,
-        "BLOCK_D": power_of_two(head_dim),
+        "BLOCK_D": tuning.power_of_two(head_dim),
         "COSINE": cosine,
-        "SHIFTED": any(shift_size),
         "DROPOUT": dropout > 0,
     }
-    sums = {"dscale": d_scale, "dbias": d_bias, "bias": bias, "slots": slots, "ATOMIC": not deterministic}
+
+    def partial_sums(tiles: int, warps: int) -> tuple[int, Tensor]:
+        """(programs that share the windows of a head, what each of them writes its sum of d bias into)."""
+        count = slots or tuning.window_slots(windows, heads * tiles, chip, per_processor=max(1, 8 // warps))
+        if deterministic:
+            return count, bias.new_empty(count, heads, N, N)
+        return count, bias.new_zeros(1, heads, N, N)
+
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(qkv):
-        if N <= WHOLE_WINDOW:
-            whole_windows[(slots * heads,)](
-                BLOCK=tile.rows, **sums, **arguments, **_options(tile)
+        if N <= tuning.WHOLE_WINDOW:
+            tile = tuning.tiles("backward", shape, chip)
+            count, d_bias = partial_sums(1, tile.warps)
+            d_scale = bias.new_empty(count, heads)
+            whole_windows[(count * heads,)](
+                bias=bias,
+                dqkv=d_qkv,
+                dscale=d_scale,
+                dbias=d_bias,
+                slots=count,
+                SHIFTED=any(shift_size),
+                ATOMIC=not deterministic,
+                BLOCK=tile.rows,
+                **arguments,
+                **tile.options(),
             )
         else:
-            delta = torch.empty_like(lse)
-            arguments |= {"lse": lse, "delta": delta}
-            query_rows[(slots * blocks * heads,)](
-                out=out, BLOCK_R=tile.rows, BLOCK_C=tile.columns, **sums, **arguments, **_options(tile)
-            )
-            tile = tiles("backward_columns", shape, chip)
-            key_rows[(windows * -(-N // tile.columns) * heads,)](
-                bias_t=bias.transpose(1, 2).contiguous(),
-                BLOCK_R=tile.rows,
-                BLOCK_C=tile.columns,
+            group = tuning.window_group(windows, 4 * N * head_dim * qkv.element_size(), chip)
+            rounds = -(-windows // group) * heads * group
+
+            def packed(bias: Tensor, rows: int, columns: int) -> Tensor:
+                tiles = bias.new_empty(heads, -(-N // rows), -(-N // columns), rows * columns)
+                pack_bias[(tiles.shape[:-1].numel(),)](bias, tiles, N, rows, columns)
+                return tiles
+
+            tile = tuning.tiles("backward_rows", shape, chip)
+            blocks = -(-N // tile.rows)
+            arguments |= {"lse": lse, "delta": torch.empty_like(lse)}
+            d_scale = bias.new_empty(windows * blocks, heads)
+            query_rows[(rounds * blocks,)](
+                out=out,
+                packed=packed(bias, tile.rows, tile.columns),
+                dqkv=d_qkv,
+                dscale=d_scale,
+                group=group,
+                **_sizes(tile),
                 **arguments,
-                **_options(tile),
             )
-    return d_qkv, d_scale.sum((0, 1)).view_as(scale), d_bias[0] if len(d_bias) == 1 else d_bias.sum(0)
+            tile = tuning.tiles("backward_columns", shape, chip)
+            key_rows[(rounds * -(-N // tile.columns),)](
+                packed=packed(bias.transpose(1, 2).contiguous(), tile.columns, tile.rows),
+                dqkv=d_qkv,
+                group=group,
+                **_sizes(tile),
+                **arguments,
+            )
+            tile = tuning.tiles("backward_bias", shape, chip)
+            tiles = -(-N // tile.rows) * -(-N // tile.columns)
+            count, d_bias = partial_sums(tiles, tile.warps)
+            bias_tiles[(count * tiles * heads,)](
+                bias=bias, dbias=d_bias, slots=count, ATOMIC=not deterministic, **_sizes(tile), **arguments
+            )
+    return d_qkv, d_scale.sum(0).view_as(scale), d_bias[0] if len(d_bias) == 1 else d_bias.sum(0)
 
 
-def _options(tile: Tiles) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
+def _sizes(tile: tuning.Tiles) -> dict[str, Any]:
+    return {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, **tile.options()}
