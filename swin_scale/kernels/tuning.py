@@ -31,8 +31,9 @@ TABLES = Path(__file__).parent / "tables"
 WHOLE_WINDOW = 64
 """Windows of up to so many tokens are one tile: a program then has all of its window, and loops over windows."""
 
-Kernel = Literal["forward", "backward", "backward_rows", "backward_columns"]
-"""`backward` serves whole windows; of larger ones, `backward_rows` makes dq and dbias, `backward_columns` dk and dv."""
+Kernel = Literal["forward", "backward", "backward_rows", "backward_columns", "backward_bias"]
+"""`backward` serves whole windows; of larger ones, `backward_rows` makes dq, `backward_columns` dk and dv,
+`backward_bias` the gradient of the bias."""
 
 
 @dataclass(frozen=True)
