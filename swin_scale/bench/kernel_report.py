@@ -96,8 +96,8 @@ def _line(where: str, name: str, measured: Mapping[str, Any]) -> str:
     parts = [
         f"{achieved['of_floor'][kind]:.0%}" if kind in achieved["of_floor"] else "" for kind in ("memory", "softmax")
     ]
-    bar = measured["bars"].get("memory floor" if name == "ours" else name)
-    wanted = f"{bar['at_least']:g} {'reached' if bar['reached'] else 'NOT reached'}" if bar else ""
+    bar = measured["bars"].get(name)
+    wanted = f"{bar['at_least']:.3g} {'reached' if bar['reached'] else 'NOT reached'}" if bar else ""
     return (
         f"  {where:<16}{name:<15}{measured['seconds'][name]['median'] * 1e3:>9.4f}  {found:<26} "
         f"{achieved['bytes_per_s'] / 1e9:>6.0f}{parts[0]:>8}{parts[1]:>8}  {wanted:<17}"

@@ -8,7 +8,7 @@ import torch.nn.attention.flex_attention as flex_module
 
 from swin_scale.bench import KERNEL_PEERS, ceilings, kernel_ops, kernel_peers, kernels, measure
 from swin_scale.bench.kernels import allowance, bench_kernels, excess, gate
-from swin_scale.bench.region import QUANTITIES, Shape, draw, floors, judged_images, shapes
+from swin_scale.bench.region import QUANTITIES, Floor, Shape, draw, floors, judged_images, shapes
 from swin_scale.errors import SwinScaleError, UserError
 
 CPU = torch.device("cpu")
@@ -168,6 +168,13 @@ def test_the_gate_catches_a_wrong_kernel_and_nothing_of_its_shape_is_timed(how, 
         bench_kernels(batch=2, rounds=1, threads=1, only=PEERS, device="cpu", out=str(out))
     (case,) = json.loads(out.read_text())["cases"]
     assert case["failed"].startswith(quantity) and "launches" not in case
+
+
+def test_a_kernel_that_raises_fails_its_shape_and_not_the_run(monkeypatch):
+    monkeypatch.setattr(kernel_peers.chunked, "window_attention", lambda *_: [][0])
+    monkeypatch.setattr(kernels, "shapes", lambda *_: [TINY, replace(TINY, shift=(0, 0))])
+    with pytest.raises(SwinScaleError, match=r"tiny, shifted, fp32: IndexError: .*; tiny, fp32: IndexError"):
+        bench_kernels(batch=2, rounds=1, threads=1, only=("official",), device="cpu")
 
 
 def test_a_peer_that_computes_something_else_or_raises_is_named_and_not_timed(monkeypatch):
@@ -378,3 +385,22 @@ def test_ceilings_are_work_over_seconds(monkeypatch):
 def test_wrong_requests_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         bench_kernels(**options, device="cpu")
+
+
+def test_bars_are_those_of_the_lower_bound_and_of_the_floor_that_binds():
+    measured = measure.compare({name: lambda: None for name in ("ours", "official-amp", "sdpa")}, rounds=1)
+    measured.pairs["official-amp"] = [(1.0, 10.1)] * 2 + [(1.0, 12.0)] * 2
+    # The median is above the bar, the lower bound is not.
+    measured.pairs["sdpa"] = [(1.0, 1.7)] * 2 + [(1.0, 2.0)] * 2
+    measured.seconds["ours"] = [2.0]
+    rates = {"copy_bytes_per_s": 1.0, "exp_per_s": 1.0, "matmul_flops": 1.0}
+    floor = Floor(bytes=1, exponentials=1.2, flops=1)
+    for shape, ours in (
+        (TINY, {"at_least": 0.6, "of": "memory", "reached": False}),
+        (replace(TINY, window=(16, 16)), {"at_least": 0.5, "of": "softmax", "reached": True}),
+    ):
+        bars = kernels._described(measured, "forward", floor, rates, shape, has_bars=True)["bars"]
+        assert bars["ours"] == ours
+        assert bars["official-amp"] == {"at_least": 10, "reached": True}
+        assert bars["sdpa"] == {"at_least": 1.8, "reached": False}
+    assert kernels._described(measured, "forward", floor, rates, TINY, has_bars=False)["bars"] == {}
