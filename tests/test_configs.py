@@ -59,5 +59,5 @@ def test_configs_verbs_name_recipes_and_origins():
 
 def test_official_recipe_reaches_the_published_rates():
     """1.25e-4 per 512 at a batch of 4096 is 1e-3 (official README)."""
-    path = next(path for path in CONFIGS if path.stem == "swinv2_base_22k")
+    path = next(path for path in CONFIGS if path.stem == "swinv2_base_patch4_window12_192_22k")
     assert Schedule.from_config(load_config(path).config, 3464).peak_lr == pytest.approx(1e-3)
