@@ -74,8 +74,7 @@ def launch(
     Args:
         slots: programs that share the windows of a head (and of a block of rows); None: as `tuning` has it.
     """
-    from swin_scale.kernels.attention_forward import pack_bias
-    from swin_scale.kernels.attention_gradients import bias_tiles, key_rows, query_rows, whole_windows
+    from swin_scale.kernels.attention_gradients import bias_tiles, key_rows, pack_bias, query_rows, whole_windows
 
     (B, H, W, C3), (heads, N, _) = qkv.shape, bias.shape
     windows, head_dim, chip = B * H * W // N, C3 // 3 // heads, tuning.chip_of(qkv.device)

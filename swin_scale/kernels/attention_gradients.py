@@ -29,7 +29,7 @@ Letters: R, C rows and columns of a tile; D channels of a head, padded to a powe
 import triton
 import triton.language as tl
 
-from swin_scale.kernels.attention_forward import SIZES
+from swin_scale.kernels.attention_forward import SIZES, pack_bias
 from swin_scale.kernels.attention_tiles import (
     LOG2E,
     NORM_FLOOR,
@@ -48,6 +48,8 @@ from swin_scale.kernels.attention_tiles import (
     token_regions,
     window_corner,
 )
+
+__all__ = ["bias_tiles", "key_rows", "pack_bias", "query_rows", "whole_windows"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 
