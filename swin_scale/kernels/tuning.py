@@ -110,8 +110,14 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
     if kernel == "forward" and not wide and lanes <= 32:
         # 128 registers let a processor have 16 warps. Without the limit a few more are taken, and it has 8 or 12.
         return Tiles(rows, columns, warps=rows // 16, stages=2, registers=128)
+    if kernel == "backward_bias":
+        # Two products and no third: warps share the tile both ways.
+        return Tiles(32 if wide or lanes > 64 else min(rows, 64), 32 if wide else max(columns, 32), warps=4, stages=2)
     rows, columns = min(rows, 64), min(columns, 32)
-    return Tiles(rows, columns, warps=rows // 16, stages=2)
+    if kernel == "backward_columns":
+        # Tiles of the transpose: the keys lie where warps share them out.
+        rows, columns = columns, rows
+    return Tiles(rows, columns, warps=max(rows, columns) // 16, stages=2)
 
 
 def power_of_two(n: int) -> int:
