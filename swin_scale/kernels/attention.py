@@ -86,7 +86,7 @@ def launch_forward(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(qkv):
         if N <= tuning.WHOLE_WINDOW:
-            slots = tuning.window_slots(windows, heads, chip)
+            slots = tuning.window_slots(windows, heads, chip, per_processor=32 // tiles.warps)
             attend_windows[(slots * heads,)](
                 bias=bias, slots=slots, BLOCK=tiles.rows, SHIFTED=any(shift_size), **arguments
             )

@@ -83,7 +83,7 @@ def attend_windows(
         q, k = scaled_queries(q, factor, COSINE), scored_keys(k, COSINE)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") + head_bias
         if SHIFTED and has_seam(top, left, H, W, shift_y, shift_x, WH, WW):
-            region = token_regions(token, top, left, H, W, shift_y, shift_x, WH, WW)
+            region = token_regions(token, top, left, H, W, shift_y, shift_x, WH, WW, True)
             logits = mask_regions(logits, region, region)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
         total = tl.sum(p, 1)
@@ -153,7 +153,7 @@ def attend_rows(
         seam = has_seam(top, left, H, W, shift_y, shift_x, WH, WW)
         row = strip % BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
         row_pixel = token_pixels(row, image, top, left, H, W, shift_y, shift_x, WW)
-        row_region = token_regions(row, top, left, H, W, shift_y, shift_x, WH, WW)
+        row_region = token_regions(row, top, left, H, W, shift_y, shift_x, WH, WW, True)
         q = load_rows(q_head, row_pixel, 3 * C, row, N, HEAD_DIM, BLOCK_D)
         q = scaled_queries(q, tl.load(scale + head), COSINE)
         top_logit = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -167,7 +167,7 @@ def attend_rows(
             logits = packed_tile(packed, head, strip % BLOCKS, first, N, BLOCK_R, BLOCK_C)
             logits = tl.dot(q, tl.trans(scored_keys(k, COSINE)), acc=logits, input_precision="ieee")
             if seam:
-                region = token_regions(column, top, left, H, W, shift_y, shift_x, WH, WW)
+                region = token_regions(column, top, left, H, W, shift_y, shift_x, WH, WW, True)
                 logits = mask_regions(logits, row_region, region)
             top_now = tl.maximum(top_logit, tl.max(logits, 1))
             p = tl.exp2(logits - top_now[:, None])

@@ -50,13 +50,20 @@ def has_seam(top, left, H, W, shift_y, shift_x, WH: tl.constexpr, WW: tl.constex
 
 
 @triton.jit
-def token_regions(token, top, left, H, W, shift_y, shift_x, WH: tl.constexpr, WW: tl.constexpr):
-    """Region of each token as `reference.shift_regions` numbers them, up to a constant of the window."""
+def token_regions(
+    token, top, left, H, W, shift_y, shift_x, WH: tl.constexpr, WW: tl.constexpr, KEPT: tl.constexpr = False
+):
+    """Region of each token as `reference.shift_regions` numbers them, up to a constant of the window.
+
+    KEPT: the tokens' columns may stay in registers over a loop over windows. Otherwise they are computed where they are
+    used, from a width the compiler does not know: in kernels that are short of registers they would bring spills.
+    """
     below = ((top + WH == H) & (token >= (WH - shift_y) * WW)).to(tl.int32)
-    # A width the compiler does not know: the columns of a tile divided by a known one, ahead of the loop over windows
-    # and for the few that have a seam, would take 16 registers a thread and bring spills.
-    width = W // (W // WW)
-    beyond = ((left + WW == W) & (token % width >= WW - shift_x)).to(tl.int32)
+    if KEPT:
+        column = token % WW
+    else:
+        column = token % (W // (W // WW))
+    beyond = ((left + WW == W) & (column >= WW - shift_x)).to(tl.int32)
     return 3 * below + beyond
 
 

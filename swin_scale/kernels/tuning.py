@@ -100,11 +100,15 @@ def tiles(kernel: Kernel, shape: Shape, chip: Chip) -> Tiles:
 
 
 def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
-    """Tiles by shape alone: little padding, no spills on any chip of compute capability 8.0 or later."""
+    """Tiles by shape alone: little padding, and no spills on chips of compute capability 8.0, 9.0 and 10.0."""
     N, lanes, wide = shape.tokens, power_of_two(shape.head_dim), shape.dtype == torch.float32
     if N <= WHOLE_WINDOW:
         side = power_of_two(N)
-        return Tiles(side, side, warps={16: 1, 32: 2, 64: 4}[side] * (2 if wide and lanes > 64 else 1), stages=2)
+        warps = {16: 1, 32: 2, 64: 4}[side]
+        if kernel == "forward" and wide:
+            # Products in fp32 have their operands in registers, so a tile is spread over more threads.
+            return Tiles(side, side, warps * (2 if lanes <= 32 else 4), stages=2 if lanes <= 32 else 1)
+        return Tiles(side, side, warps * (2 if wide and lanes > 64 else 1), stages=2)
     rows = _largest((128, 64, 32), N, padding=1 / 3)
     columns = _largest((64, 32, 16), N, padding=1 / 7)
     if kernel == "forward" and not wide and lanes <= 32:
@@ -114,6 +118,8 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
         # Two products and no third: warps share the tile both ways.
         return Tiles(32 if wide or lanes > 64 else min(rows, 64), 32 if wide else max(columns, 32), warps=4, stages=2)
     rows, columns = min(rows, 64), min(columns, 32)
+    if kernel == "forward":
+        return Tiles(rows, columns, warps=rows // (8 if wide else 16), stages=2)
     if kernel == "backward_columns":
         # Tiles of the transpose: the keys lie where warps share them out.
         rows, columns = columns, rows
