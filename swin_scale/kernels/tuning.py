@@ -108,7 +108,7 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
         if kernel == "forward" and wide:
             # Products in fp32 have their operands in registers, so a tile is spread over more threads.
             return Tiles(side, side, warps * (2 if lanes <= 32 else 4), stages=2 if lanes <= 32 else 1)
-        return Tiles(side, side, warps * (2 if wide and lanes > 64 else 1), stages=2)
+        return Tiles(side, side, warps * (2 if wide or lanes > 64 else 1), stages=2)
     rows = _largest((128, 64, 32), N, padding=1 / 3)
     columns = _largest((64, 32, 16), N, padding=1 / 7)
     if kernel == "forward" and not wide and lanes <= 32:
