@@ -11,6 +11,7 @@ KERNEL_PEERS = (
     "official",
     "sdpa",
     "compile",
+    "sdpa-compile",
     "flex",
     "fwa-2",
     "official-code",
@@ -19,6 +20,6 @@ KERNEL_PEERS = (
     "autotuned",
 )
 """What `bench kernels` compares with: the official chain of operations under AMP and in the dtype throughout, torch's
-fused attention with an additive mask, the official chain compiled, FlexAttention, Flash Window Attention V2, the
+fused attention with an additive mask, both of these compiled, FlexAttention, Flash Window Attention V2, the
 official module itself, our atomic sum of the bias's gradient, ours in plain torch, and the chain compiled with
 autotuning."""

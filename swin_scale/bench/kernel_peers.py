@@ -103,6 +103,7 @@ def build(
     """`ours` first, fused where Triton serves; then those of `only` that can take part here; why the others cannot."""
     half = dtype is not torch.float32
     plain = partial(eager, shape, _mask(shape, dtype, device))
+    masked = partial(sdpa, shape, _mask(shape, dtype, device))
     autocast = partial(torch.autocast, device.type, dtype)
     builders: dict[str, Callable[[], Region]] = {
         "ours-atomic": lambda: _fused("ours-atomic", shape, dtype, device, False),
@@ -116,9 +117,8 @@ def build(
         ),
         "official": lambda: Region(name="official", run=plain, small=dtype),
         "official-code": lambda: official_region(shape, dtype, device, official),
-        "sdpa": lambda: Region(
-            name="sdpa", run=partial(sdpa, shape, _mask(shape, dtype, device)), small=dtype, scope=_pinned(device)
-        ),
+        "sdpa": lambda: Region(name="sdpa", run=masked, small=dtype, scope=_pinned(device)),
+        "sdpa-compile": lambda: Region(name="sdpa-compile", run=_compiled(masked), small=dtype, scope=_pinned(device)),
         "compile": lambda: Region(name="compile", run=_compiled(plain), small=dtype),
         "autotuned": lambda: Region(
             name="autotuned", run=_compiled(plain, mode="max-autotune-no-cudagraphs"), small=dtype
