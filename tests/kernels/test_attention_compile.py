@@ -54,7 +54,6 @@ def launches(case, dtype, capability, monkeypatch):
     from swin_scale.kernels import attention_backward, attention_forward, attention_gradients
 
     monkeypatch.setattr(tuning, "chip_of", lambda device: CHIPS[capability])
-    monkeypatch.setattr(attention_backward, "chip_of", lambda device: CHIPS[capability])
     heads, N = 3, case.window[0] * case.window[1]
     with torch.device("meta"):
         qkv = torch.empty(2, 2 * case.window[0], 2 * case.window[1], 3 * heads * case.head_dim, dtype=dtype)
