@@ -49,9 +49,9 @@ def test_output_and_every_gradient(kind, keep, C, hw, dtype):
 @pytest.mark.parametrize("kind", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_longer_than_a_program_are_read_in_pieces(monkeypatch, kind, dtype):
-    """In pieces of 64, the last of them partly empty: 352 channels, or 4 x 88."""
+    """In pieces of 64, the last of them half empty: 160 channels, or 4 x 40."""
     monkeypatch.setattr(norms, "MAX_BLOCK", 64)
-    inputs = drawn(kind, 88 if kind == "merge" else 352, (6, 4), dtype)
+    inputs = drawn(kind, 40 if kind == "merge" else 160, (6, 4), dtype)
     compare(kind, inputs, *(() if kind == "merge" else (KEEP,)))
 
 
@@ -68,12 +68,11 @@ def test_the_longest_row_of_the_models():
     compare("merge", drawn("merge", 2816, (2, 4), torch.float16, batch=1))
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_pieces_agree_far_from_zero(monkeypatch, offset):
+def test_pieces_agree_far_from_zero(monkeypatch):
     """Mean squares minus squared means would lose every digit here."""
     monkeypatch.setattr(norms, "MAX_BLOCK", 64)
-    inputs = drawn("post", 352)
-    inputs[1] += offset
+    inputs = drawn("post", 160)
+    inputs[1] += 100
     compare("post", inputs, None)
 
 
@@ -95,7 +94,7 @@ def calls(draw):
     return kind, inputs, (() if kind == "merge" else (keep,)), draw(st.sampled_from([16, 32, norms.MAX_BLOCK]))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(calls())
 def test_any_shape(call):
     kind, inputs, rest, block = call
@@ -205,7 +204,7 @@ def test_no_images_at_all(kind):
 
 @pytest.mark.parametrize("kind", OPS)
 def test_runs_are_equal_in_every_bit(kind):
-    inputs = drawn(kind, 96, (8, 12), torch.float16)
+    inputs = drawn(kind, 96, (4, 6), torch.float16)
     rest = () if kind == "merge" else (KEEP,)
     assert all(map(torch.equal, *(results(OPS[kind][0], inputs, *rest) for _ in range(2))))
 

@@ -68,7 +68,7 @@ def test_the_definition_is_the_sum_over_choices():
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 40), st.integers(1, 4), st.none() | st.integers(0, 8), st.integers(1, 70), st.sampled_from(DTYPES)
 )
