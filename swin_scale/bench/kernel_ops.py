@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_scale import kernels
-from swin_scale.bench.kernel_peers import peer_errors
-from swin_scale.bench.measure import MODES, Candidate, failure, measure
+from swin_scale.bench.measure import MODES, Candidate, failure, measure, peer_errors
 
 FACTOR = 2.0
 """Our error may be this many times eager torch's."""

@@ -34,13 +34,6 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Scope = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-def peer_errors() -> tuple[type[Exception], ...]:
-    """What code of others may raise where it does not support a shape, a dtype, a version or this much memory."""
-    # Triton's own errors derive from nothing more telling; it is loaded by whoever raises one.
-    triton = getattr(sys.modules.get("triton"), "TritonError", RuntimeError)
-    return (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError, ImportError, triton)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Region:
     """A code in the comparison, and the form in which it takes its inputs."""

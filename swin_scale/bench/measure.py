@@ -7,6 +7,7 @@ launch, and codes of many kernels do; a CUDA graph takes that away from all.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,13 @@ class Candidate:
         return run
 
 
+def peer_errors() -> tuple[type[Exception], ...]:
+    """What code of others may raise where it does not support a shape, a dtype, a version or this much memory."""
+    # Triton's own errors derive from nothing more telling; it is loaded by whoever raises one.
+    triton = getattr(sys.modules.get("triton"), "TritonError", RuntimeError)
+    return (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError, ImportError, triton)
+
+
 def failure(error: BaseException) -> str:
     """The first line of an error, for lists of who could not take part."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
@@ -81,8 +89,10 @@ def measure(
             for candidate in candidates:
                 call = candidate.run_pass(mode, sets)
                 try:
+                    # Once untimed: it may compile, or turn out to have no room.
+                    call()
                     calls[candidate.name] = call if pool is None else captured(call, pool)
-                except RuntimeError as error:
+                except peer_errors() as error:
                     missing[f"{candidate.name}, {mode}, {launch}"] = failure(error)
             if candidates[0].name not in calls:
                 continue

@@ -340,7 +340,7 @@ def test_a_pass_goes_through_all_sets_and_a_time_is_that_of_one_call():
     found, _ = measure.measure(
         candidates(log, "A", "B"), modes=("forward",), launches=("calls",), sets=3, rounds=1, device=CPU
     )
-    assert log[:6] == ["A0", "A1", "A2", "B0", "B1", "B2"]
+    assert log[:9] == ["A0", "A1", "A2", "B0", "B1", "B2", "A0", "A1", "A2"]
     assert list(found["calls"]["forward"].seconds) == ["A", "B", "ours again"]
 
 
@@ -363,6 +363,14 @@ def test_what_cannot_be_captured_is_named(fails, timed, monkeypatch):
     assert ("forward" in found["graphs"]) is timed
     if timed:
         assert list(found["graphs"]["forward"].seconds) == ["A", "ours again"]
+
+
+def test_who_raises_only_without_gradients_is_named_too():
+    a, b = candidates([], "A", "B")
+    b.calls["forward"] = lambda _: [][0]
+    found, missing = measure.measure([a, b], modes=measure.MODES, launches=("calls",), sets=1, rounds=1, device=CPU)
+    assert missing == {"B, forward, calls": "IndexError: list index out of range"}
+    assert "B" in found["calls"]["forward+backward"].seconds
 
 
 def test_ceilings_are_work_over_seconds(monkeypatch):
