@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from swin_scale.kernels import Mode, window_attention
-from swin_scale.models.layers import Linear, compute_dtype, dropout, relative_coords_table, relative_position_index
+from swin_scale.models.layers import (
+    Linear,
+    compute_dtype,
+    dropout,
+    relative_coords_table,
+    relative_position_index,
+    spread_offsets,
+)
 from swin_scale.models.variants import Pair
 
 Score = Literal["dot", "cosine"]
@@ -114,7 +121,6 @@ class WindowAttention(nn.Module):
         return bias
 
     def _position_bias(self) -> Tensor:
-        N = self.window_size[0] * self.window_size[1]
         table: Tensor
         if self.position == "table":
             table = self.relative_position_bias_table
@@ -125,7 +131,7 @@ class WindowAttention(nn.Module):
         if self.position == "sigmoid_cpb":
             # The sigmoid acts on each entry of the table, so it goes before the much larger gather.
             table = 16 * torch.sigmoid(table)
-        return table.t().index_select(1, self.relative_position_index.flatten()).view(-1, N, N)
+        return spread_offsets(table, self.relative_position_index, self.window_size)
 
     def _qkv_bias(self) -> Tensor | None:
         """(3C,) for V2, whose keys have no bias; None without `qkv_bias`."""

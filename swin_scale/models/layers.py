@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from swin_scale import kernels as ops
@@ -189,6 +191,41 @@ def relative_position_index(window_size: Pair, device: torch.device | None = Non
     rows, cols = rows.flatten(), cols.flatten()
     index = (rows[:, None] - rows + h - 1) * (2 * w - 1) + cols[:, None] - cols + w - 1
     return index.to(torch.get_default_device() if device is None else device)
+
+
+def spread_offsets(table: Tensor, index: Tensor, window_size: Pair) -> Tensor:
+    """((2h-1) * (2w-1), heads) to (heads, N, N), a value for each pair of tokens; index: `relative_position_index`."""
+    if table.is_cuda and torch.is_grad_enabled():
+        return _SpreadOffsets.apply(table, index, window_size)
+    N = len(index)
+    return table.t().index_select(1, index.flatten()).view(-1, N, N)
+
+
+class _SpreadOffsets(Function):
+    """With a gradient summed in a fixed order, where that of index_select adds N² values atomically, in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, window_size: Pair) -> Tensor:
+        ctx.window_size = window_size
+        return table.t().index_select(1, index.flatten()).view(-1, *index.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        h, w = ctx.window_size
+        # (head, row, column, other row, other column): pairs of rows first, then, beside their offset, of columns.
+        rows = _sum_diagonals(grad.view(-1, h, w, h, w).permute(0, 2, 4, 1, 3))
+        return _sum_diagonals(rows.permute(0, 3, 1, 2)).flatten(1).t(), None, None
+
+
+def _sum_diagonals(x: Tensor) -> Tensor:
+    """(..., n, n) to (..., 2n-1): entry i - j + n - 1 is the sum over all such i, j.
+
+    Backwards and padded to 2n, rows cut at 2n-1 instead stand one step further to the right each.
+    """
+    n = x.shape[-1]
+    sheared = F.pad(x.flip(-1), (0, n)).flatten(-2)[..., : n * (2 * n - 1)]
+    return sheared.unflatten(-1, (n, 2 * n - 1)).sum(-2)
 
 
 def relative_coords_table(window_size: Pair, pretrained: int = 0, device: torch.device | None = None) -> Tensor:

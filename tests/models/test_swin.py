@@ -242,6 +242,68 @@ def test_bias_cache_is_used_without_gradients_and_is_never_stale(monkeypatch, na
     assert model(x).requires_grad and not any("cache" in key for key in model.state_dict())
 
 
+@pytest.mark.parametrize("name", [V1, V2])
+def test_a_frozen_bias_is_computed_once_and_only_while_frozen(monkeypatch, name):
+    model = create_model(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    computed = []
+    original = WindowAttention._position_bias
+    monkeypatch.setattr(WindowAttention, "_position_bias", lambda self: computed.append(1) or original(self))
+    # As on a GPU, where nothing is compared.
+    monkeypatch.setattr("swin_scale.models.attention._same", lambda kept, now: False)
+    with torch.no_grad():
+        free = model(x)
+        with model.frozen_position_bias():
+            assert torch.equal(model(x), free) and torch.equal(model(x), free)
+            assert len(computed) == 8
+            with torch.enable_grad():
+                assert model(x).requires_grad
+            assert len(computed) == 12
+        for p in model.parameters():
+            p.data.add_(torch.randn_like(p))
+        assert torch.equal(model(x), copy.deepcopy(model)(x)) and not torch.equal(model(x), free)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double])
+def test_offsets_of_the_position_bias_stay_exact_in_any_precision(convert):
+    model = create_model(V2, img_size=64, window_size=8)
+    expected = relative_coords_table((8, 8))
+    table = convert(model).layers[0].blocks[0].attn.relative_coords_table
+    assert torch.equal(table.float(), expected) and table.dtype.itemsize >= 4
+
+
+def test_attention_dropout_is_for_training_and_drawn_only_where_there_is_a_rate():
+    x = torch.randn(2, 3, 32, 32)
+    model = create_model(V1, attn_drop_rate=0.5)
+    plain = create_model(V1)
+
+    def draws(m):
+        torch.manual_seed(3)
+        y = m(x)
+        return y, torch.get_rng_state()
+
+    (noisy, _), (again, _), (calm, untouched) = draws(model.train()), draws(model), draws(plain.train())
+    assert torch.equal(noisy, again) and not torch.allclose(noisy, calm)
+    torch.manual_seed(3)
+    assert torch.equal(untouched, torch.get_rng_state())
+    assert torch.equal(draws(model.eval())[0], calm)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attn_drop_rate": 1.0}, "attn_drop_rate: 1.0 must be in"),
+        ({"kernels": "cuda"}, "kernels: 'cuda' must be auto, triton or reference"),
+        ({"layer_norm": "fast"}, "layer_norm: 'fast' must be torch or apex"),
+    ],
+)
+def test_impossible_options_are_named(options, words):
+    with pytest.raises(UserError, match=words):
+        create_model(V2, **options)
+    with pytest.raises(UserError, match="swin_mlp, which has no attention"):
+        create_model(MLP, attn_drop_rate=0.1)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_meta_to_empty_init_equals_direct_construction(name):
     direct = create_model(name, seed=4)
