@@ -119,7 +119,9 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
         return Tiles(rows, columns, warps=rows // 16, stages=2, registers=128)
     if kernel == "backward_bias":
         # Two products and no third: warps share the tile both ways.
-        return Tiles(32 if wide or lanes > 64 else min(rows, 64), 32 if wide else max(columns, 32), warps=4, stages=2)
+        if wide or lanes > 64:
+            return Tiles(32, 32, warps=8, stages=2)
+        return Tiles(min(rows, 64), max(columns, 32), warps=4, stages=2)
     rows, columns = min(rows, 64), min(columns, 32)
     if kernel == "forward":
         return Tiles(rows, columns, warps=rows // (8 if wide else 16), stages=2)
