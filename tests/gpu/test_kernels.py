@@ -39,7 +39,7 @@ CASES = {
     "88 channels": ((16, 16), (8, 8), (4, 4), 2, 88, "cosine"),
     "128 channels": ((24, 24), (12, 12), (6, 6), 1, 128, "dot"),
 }
-IN_ALL_DTYPES = ("w8", "w12", "w16", "w24", "w12, V1")
+IN_ALL_DTYPES = ("w8", "w12", "w24")
 GRID = [(name, dtype) for name in CASES for dtype in (ALL if name in IN_ALL_DTYPES else HALF)]
 
 
