@@ -124,7 +124,7 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
         return Tiles(min(rows, 64), max(columns, 32), warps=4, stages=2)
     rows, columns = min(rows, 64), min(columns, 32)
     if kernel == "forward":
-        return Tiles(rows, columns, warps=rows // (8 if wide else 16), stages=2)
+        return Tiles(rows, columns, warps=rows // (8 if wide else 16), stages=1 if wide else 2)
     if kernel == "backward_columns":
         # Tiles of the transpose: the keys lie where warps share them out.
         rows, columns = columns, rows
