@@ -20,7 +20,7 @@ Padded rows and columns have dO = 0 or P = 0 and add nothing.
 
 fp16 dots: under loss scaling dO may sit anywhere between 6e-8 and 65504, and dS, smaller by the number of keys, would
 leave fp16's range. So each tile of dO is multiplied by the power of two that brings its largest entry into [1, 2),
-which is exact, and the sums are multiplied back in fp32 (`_into_range`). dS overflows only where |v| is near 1000.
+which is exact, and the sums are multiplied back in fp32 (`into_range`). dS overflows only where |v| is near 1000.
 Infinities of an overflowed step stay infinite or NaN. bf16 and fp32 have the range and skip this.
 
 Letters: R, C rows and columns of a tile; D channels of a head, padded to a power of two in BLOCK_D.
@@ -32,18 +32,18 @@ import triton.language as tl
 from swin_scale.kernels.attention_forward import SIZES, pack_bias
 from swin_scale.kernels.attention_tiles import (
     LOG2E,
-    NORM_FLOOR,
     dropout_keep,
     has_seam,
-    inverse_norms,
+    into_range,
     load_bias,
     load_rows,
     mask_regions,
     packed_tile,
-    row_norms,
     scaled_queries,
     scored_keys,
+    scored_rows,
     store_rows,
+    through_norm,
     token_pixels,
     token_regions,
     window_corner,
@@ -52,37 +52,6 @@ from swin_scale.kernels.attention_tiles import (
 __all__ = ["bias_tiles", "key_rows", "pack_bias", "query_rows", "whole_windows"]
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _into_range(grad):
-    """(tile · 2^-e, 2^e, 2^-e) with 2^e <= max |tile| < 2^(e+1) if the tile is fp16; else (tile, 1, 1)."""
-    if grad.dtype == tl.float16:
-        wide = grad.to(tl.float32)
-        exponent = tl.max(tl.max(tl.abs(wide), 1), 0).to(tl.int32, bitcast=True) & 0x7F800000
-        inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
-        return (wide * inverse).to(tl.float16), exponent.to(tl.float32, bitcast=True), inverse
-    else:
-        return grad, 1.0, 1.0
-
-
-@triton.jit
-def _scored(x, COSINE: tl.constexpr):
-    """Rows as the score multiplies them, in fp32: of unit length if COSINE."""
-    wide = x.to(tl.float32)
-    if COSINE:
-        wide *= inverse_norms(x)[:, None]
-    return wide
-
-
-@triton.jit
-def _through_norm(du, x, COSINE: tl.constexpr):
-    """Gradient of x from that of `_scored(x)`; none for rows shorter than NORM_FLOOR."""
-    if COSINE:
-        u = _scored(x, COSINE)
-        factor = tl.where(row_norms(x) < NORM_FLOOR, 0.0, inverse_norms(x))
-        du = (du - u * tl.sum(u * du, 1)[:, None]) * factor[:, None]
-    return du
 
 
 @triton.jit
@@ -144,7 +113,7 @@ def whole_windows(
         k = load_rows(q_head + C, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
         v = load_rows(q_head + 2 * C, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
         do = load_rows(grad + head * HEAD_DIM, pixel, C, token, N, HEAD_DIM, BLOCK_D)
-        do, size, _inverse = _into_range(do)
+        do, size, _inverse = into_range(do)
         q_dot, k_dot = scaled_queries(q, tau, COSINE), scored_keys(k, COSINE)
 
         logits = tl.dot(q_dot, tl.trans(k_dot), input_precision="ieee") + logit_bias
@@ -169,12 +138,12 @@ def whole_windows(
         ds_dot = ds.to(q.dtype)
         g = tl.dot(ds_dot, k_dot, input_precision="ieee") * size
         q = load_rows(q_head, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
-        scale_sum += tl.sum(g * _scored(q, COSINE), 1)
-        dq = _through_norm(g * tau, q, COSINE)
+        scale_sum += tl.sum(g * scored_rows(q, COSINE), 1)
+        dq = through_norm(g * tau, q, COSINE)
         store_rows(dq_head, dq, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
         k = load_rows(q_head + C, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
         dk = tl.dot(tl.trans(ds_dot), q_dot, input_precision="ieee") * (size * LN2)
-        dk = _through_norm(dk, k, COSINE)
+        dk = through_norm(dk, k, COSINE)
         store_rows(dq_head + C, dk, pixel, 3 * C, token, N, HEAD_DIM, BLOCK_D)
 
     tl.store(dscale + slot * heads + head, tl.sum(scale_sum, 0))
@@ -230,7 +199,7 @@ def query_rows(
         q_dot = scaled_queries(q, tau, COSINE)
         o = load_rows(out + head * HEAD_DIM, pixel, C, row, N, HEAD_DIM, BLOCK_D)
         do = load_rows(grad + head * HEAD_DIM, pixel, C, row, N, HEAD_DIM, BLOCK_D)
-        do, size, _ = _into_range(do)
+        do, size, _ = into_range(do)
         at_row = (window.to(tl.int64) * heads + head) * N + row
         log_sum = tl.load(lse + at_row, mask=row < N, other=0.0)
         delta_row = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
@@ -256,9 +225,9 @@ def query_rows(
             g = tl.dot(ds.to(k.dtype), k_dot, acc=g, input_precision="ieee")
         g *= size
         tl.store(
-            dscale + (window * BLOCKS + strip % BLOCKS) * heads + head, tl.sum(tl.sum(g * _scored(q, COSINE), 1), 0)
+            dscale + (window * BLOCKS + strip % BLOCKS) * heads + head, tl.sum(tl.sum(g * scored_rows(q, COSINE), 1), 0)
         )
-        dq = _through_norm(g * tau, q, COSINE)
+        dq = through_norm(g * tau, q, COSINE)
         store_rows(dqkv + head * HEAD_DIM, dq, pixel, 3 * C, row, N, HEAD_DIM, BLOCK_D)
 
 
@@ -315,7 +284,7 @@ def key_rows(
             pixel = token_pixels(row, image, top, left, H, W, shift_y, shift_x, WW)
             q = load_rows(q_head, pixel, 3 * C, row, N, HEAD_DIM, BLOCK_D)
             do = load_rows(grad + head * HEAD_DIM, pixel, C, row, N, HEAD_DIM, BLOCK_D)
-            do, size, inverse = _into_range(do)
+            do, size, inverse = into_range(do)
             q_dot = scaled_queries(q, tau, COSINE)
             at_row = (window.to(tl.int64) * heads + head) * N + row
             log_sum = tl.load(lse + at_row, mask=row < N, other=0.0)
@@ -334,7 +303,7 @@ def key_rows(
             ds = p * (dp - delta_row[None, :])
             dv += tl.dot(p_kept.to(k.dtype), do, input_precision="ieee") * size
             dk += tl.dot(ds.to(k.dtype), q_dot, input_precision="ieee") * size
-        dk = _through_norm(dk * LN2, k, COSINE)
+        dk = through_norm(dk * LN2, k, COSINE)
         store_rows(dk_head, dk, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
         store_rows(dk_head + C, dv, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
 
@@ -389,7 +358,7 @@ def bias_tiles(
         k = load_rows(q_head + C, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
         v = load_rows(q_head + 2 * C, pixel_c, 3 * C, column, N, HEAD_DIM, BLOCK_D)
         do = load_rows(grad + head * HEAD_DIM, pixel, C, row, N, HEAD_DIM, BLOCK_D)
-        do, size, inverse = _into_range(do)
+        do, size, inverse = into_range(do)
         at_row = (image.to(tl.int64) * (H * W // N) + inside) * heads * N + head * N + row
         log_sum = tl.load(lse + at_row, mask=row < N, other=0.0)
         delta_row = tl.load(delta + at_row, mask=row < N, other=0.0) * inverse

@@ -183,3 +183,34 @@ def dropout_keep(seed, threshold, row, column, head, inside, image, N: tl.conste
     counter = row[:, None] * N + column[None, :]
     word, _, _, _ = tl.philox(seed, counter, head, inside, image)
     return word >= tl.cast(threshold, tl.uint32)
+
+
+@triton.jit
+def into_range(grad):
+    """(tile · 2^-e, 2^e, 2^-e) with 2^e <= max |tile| < 2^(e+1) if the tile is fp16; else (tile, 1, 1)."""
+    if grad.dtype == tl.float16:
+        wide = grad.to(tl.float32)
+        exponent = tl.max(tl.max(tl.abs(wide), 1), 0).to(tl.int32, bitcast=True) & 0x7F800000
+        inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+        return (wide * inverse).to(tl.float16), exponent.to(tl.float32, bitcast=True), inverse
+    else:
+        return grad, 1.0, 1.0
+
+
+@triton.jit
+def scored_rows(x, COSINE: tl.constexpr):
+    """Rows as the score multiplies them, in fp32: of unit length if COSINE."""
+    wide = x.to(tl.float32)
+    if COSINE:
+        wide *= inverse_norms(x)[:, None]
+    return wide
+
+
+@triton.jit
+def through_norm(du, x, COSINE: tl.constexpr):
+    """Gradient of x from that of `scored_rows(x)`; none for rows shorter than NORM_FLOOR."""
+    if COSINE:
+        u = scored_rows(x, COSINE)
+        factor = tl.where(row_norms(x) < NORM_FLOOR, 0.0, inverse_norms(x))
+        du = (du - u * tl.sum(u * du, 1)[:, None]) * factor[:, None]
+    return du
