@@ -108,10 +108,11 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
         if kernel == "forward" and wide:
             # Products in fp32 have their operands in registers, so a tile is spread over more threads.
             return Tiles(side, side, warps * (2 if lanes <= 32 else 4), stages=1)
-        if kernel == "forward" and N == side and lanes <= 32:
+        if kernel == "forward" and side == N and lanes <= 32:
             # Four programs on a processor. Tiles that mask their padding take more and would spill.
             return Tiles(side, side, warps, stages=2, registers=128)
-        return Tiles(side, side, warps * (2 if wide or lanes > 64 else 1), stages=2)
+        # Backward of a padded tile has no registers left for a pipeline.
+        return Tiles(side, side, warps * (2 if wide or lanes > 64 else 1), stages=2 if side == N else 1)
     rows = _largest((128, 64, 32), N, padding=1 / 3)
     columns = _largest((64, 32, 16), N, padding=1 / 7)
     if kernel == "forward" and not wide and lanes <= 32:
