@@ -18,10 +18,17 @@ MAX_BLOCK = 4096
 """Channels a program holds at once; longer rows are read in pieces."""
 
 VALUES_PER_THREAD = 16
-"""Of each tile a thread holds: two or four loads of 16 bytes in flight, and no spills with five tiles in registers."""
+"""Of each tile of a forward pass a thread holds: loads of 16 bytes, two or more of them in flight."""
 
-WARPS_PER_PROCESSOR = 16
-"""Programs of a backward pass are as many as hold this many warps on each multiprocessor."""
+BACKWARD_VALUES = 8
+"""The same of a backward pass, which has five tiles in registers: 16 a thread took 128 and more of them, or spilled."""
+
+WARPS_PER_PROCESSOR = 24
+"""A backward pass has programs enough for this many warps on each multiprocessor, where 80 registers a thread fit."""
+
+BACKWARD_REGISTERS = 128
+"""The most a thread may have there. Given a limit, the assembler keeps to what it needs, about 80; without one it was
+seen to spill a few bytes for the sake of more programs at a time."""
 
 
 def fused_residual_norm(
@@ -52,11 +59,11 @@ def fused_patch_merge(x: Tensor, weight: Tensor | None = None, bias: Tensor | No
 # Launching. Tensors on the meta device do, for tests that compile ahead of time.
 
 
-def tile(C: int) -> tuple[int, int, int]:
-    """(rows, channels, warps) of a program for rows of C channels."""
+def tile(C: int, values: int) -> tuple[int, int, int]:
+    """(rows, channels, warps) of a program for rows of C channels and so many values per thread."""
     block_c = min(1 << (C - 1).bit_length(), MAX_BLOCK)
-    warps = max(block_c // (32 * VALUES_PER_THREAD), 4)
-    return max(warps * 32 * VALUES_PER_THREAD // block_c, 1), block_c, warps
+    warps = max(block_c // (32 * values), 4)
+    return max(warps * 32 * values // block_c, 1), block_c, warps
 
 
 def launch_forward(
@@ -80,7 +87,7 @@ def launch_forward(
     assert keep is None or keep.shape == y.shape[:1], "one keep per sample"
     if rows == 0:
         return
-    block_r, block_c, warps = tile(C)
+    block_r, block_c, warps = tile(C, VALUES_PER_THREAD)
     with torch.cuda.device_of(y):
         norm_kernels.forward[(_ceil(rows, block_r),)](
             source,
@@ -119,7 +126,7 @@ def launch_backward(
     (C,), rows = weight.shape, stats.shape[1]
     if rows == 0:
         return torch.zeros_like(weight), torch.zeros_like(weight)
-    block_r, block_c, warps = tile(C)
+    block_r, block_c, warps = tile(C, BACKWARD_VALUES)
     programs = min(_ceil(rows, block_r), chip_of(grad.device).processors * WARPS_PER_PROCESSOR // warps)
     partial = grad.new_empty(2, programs, C, dtype=torch.float32)
     d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
@@ -141,6 +148,7 @@ def launch_backward(
             BLOCK_R=block_r,
             BLOCK_C=block_c,
             num_warps=warps,
+            maxnreg=BACKWARD_REGISTERS,
         )
         norm_kernels.add_partials[(_ceil(C, 64), 2)](
             partial, d_weight, d_bias, programs, C, BLOCK_P=32, BLOCK_C=64, num_warps=4
@@ -154,7 +162,7 @@ def launch_move(tokens: Tensor, merged: Tensor, *, merge: bool) -> None:
 
     *_, half_width, C = merged.shape
     rows = merged.numel() // C
-    block_r, block_c, warps = tile(C)
+    block_r, block_c, warps = tile(C, VALUES_PER_THREAD)
     if rows == 0:
         return
     with torch.cuda.device_of(merged):

@@ -57,10 +57,11 @@ def test_rows_longer_than_a_program_are_read_in_pieces(monkeypatch, kind, dtype)
 
 @pytest.mark.parametrize(("warps", "programs"), [(4, 1), (1 << 10, 36)])
 def test_however_many_programs_share_the_rows(monkeypatch, warps, programs):
-    """72 rows, two a program: one program that loops over all, or more partial sums than are added at once."""
+    """36 rows, one a program: one program that loops over all, or more partial sums than are added at once."""
     monkeypatch.setattr(norms, "WARPS_PER_PROCESSOR", warps)
-    x, *_ = inputs = drawn("post", 1000)
-    assert min(x[..., 0].numel() // norms.tile(1000)[0], warps // norms.tile(1000)[2]) == programs
+    x, *_ = inputs = drawn("post", 1000, (2, 6))
+    block_r, _, each = norms.tile(1000, norms.BACKWARD_VALUES)
+    assert min(x[..., 0].numel() // block_r, warps // each) == programs
     compare("post", inputs, KEEP)
 
 

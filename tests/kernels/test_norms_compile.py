@@ -107,7 +107,7 @@ def test_the_extremes_of_the_table_compile_without_spills():
 
 
 def test_a_tile_too_large_is_seen_to_spill(monkeypatch):
-    monkeypatch.setattr(norms, "VALUES_PER_THREAD", 64)
+    monkeypatch.setattr(norms, "BACKWARD_VALUES", 64)
     assert any("spills" in problem for problem in problems([("post", 4096, torch.float32, 90)]))
 
 
