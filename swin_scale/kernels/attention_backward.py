@@ -3,6 +3,8 @@
 The gradient of the bias is a sum over all windows of the batch. Each program keeps the sum over its own windows and
 writes it once; the partial sums are then added in the order of programs, whose number follows from shape and chip
 alone. So two runs give the same bits. `deterministic=False` adds with atomics instead and needs no partial sums.
+Windows of at most `tuning.WHOLE_WINDOW` tokens take one kernel. Larger ones take three, after the bias was laid out for
+the first two as their products are: dq, dk and dv, d bias.
 
 It is an operator of its own, so that tracing and compilation see one opaque node. `attention_gradients` holds the
 kernels and the formulae; it imports Triton and is imported when one is to run.
@@ -72,7 +74,7 @@ def launch(
     """`attention_backward` without the operator around it: meta tensors serve to record its launches.
 
     Args:
-        slots: programs that share the windows of a head (and of a block of rows); None: as `tuning` has it.
+        slots: programs that share the windows of a tile of the bias gradient; None: as `tuning` has it.
     """
     from swin_scale.kernels.attention_gradients import bias_tiles, key_rows, pack_bias, query_rows, whole_windows
 
@@ -102,9 +104,12 @@ def launch(
         "DROPOUT": dropout > 0,
     }
 
-    def partial_sums(tiles: int, warps: int) -> tuple[int, Tensor]:
-        """(programs that share the windows of a head, what each of them writes its sum of d bias into)."""
-        count = slots or tuning.window_slots(windows, heads * tiles, chip, per_processor=max(1, 8 // warps))
+    def partial_sums(tiles: int, at_once: int) -> tuple[int, Tensor]:
+        """(programs that share the windows of a tile of d bias, what they write their sums of it into).
+
+        As many programs as a processor has registers for at once, `at_once`: more would only make more sums to add.
+        """
+        count = slots or tuning.window_slots(windows, heads * tiles, chip, per_processor=max(1, at_once))
         if deterministic:
             return count, bias.new_empty(count, heads, N, N)
         return count, bias.new_zeros(1, heads, N, N)
@@ -113,7 +118,7 @@ def launch(
     with torch.cuda.device_of(qkv):
         if N <= tuning.WHOLE_WINDOW:
             tile = tuning.tiles("backward", shape, chip)
-            count, d_bias = partial_sums(1, tile.warps)
+            count, d_bias = partial_sums(1, 8 // tile.warps)
             d_scale = bias.new_empty(count, heads)
             whole_windows[(count * heads,)](
                 bias=bias,
@@ -159,7 +164,7 @@ def launch(
             )
             tile = tuning.tiles("backward_bias", shape, chip)
             tiles = -(-N // tile.rows) * -(-N // tile.columns)
-            count, d_bias = partial_sums(tiles, tile.warps)
+            count, d_bias = partial_sums(tiles, 16 // tile.warps)
             bias_tiles[(count * tiles * heads,)](
                 bias=bias, dbias=d_bias, slots=count, ATOMIC=not deterministic, **_sizes(tile), **arguments
             )
