@@ -8,6 +8,7 @@ Importing this file imports no Triton.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def launch_forward(
         "BLOCK_D": tuning.power_of_two(head_dim),
         "COSINE": cosine,
         "DROPOUT": dropout > 0,
-        **tiles.options(),
+        # Random numbers take registers that the tiles' limit does not foresee.
+        **(replace(tiles, registers=None) if dropout else tiles).options(),
     }
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(qkv):

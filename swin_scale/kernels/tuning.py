@@ -108,9 +108,10 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
         if kernel == "forward" and wide:
             # Products in fp32 have their operands in registers, so a tile is spread over more threads.
             return Tiles(side, side, warps * (2 if lanes <= 32 else 4), stages=1)
-        if kernel == "forward" and side == N and lanes <= 32:
-            # Four programs on a processor. Tiles that mask their padding take more and would spill.
-            return Tiles(side, side, warps, stages=2, registers=128)
+        if kernel == "forward":
+            # 128 registers: four programs on a processor. Tiles that mask padding take more and would spill.
+            limit = 128 if side == N and shape.head_dim == lanes <= 32 else None
+            return Tiles(side, side, warps * (1 if lanes <= 32 else 2), stages=2, registers=limit)
         # Backward of a padded tile has no registers left for a pipeline.
         return Tiles(side, side, warps * (2 if wide or lanes > 64 else 1), stages=2 if side == N else 1)
     rows = _largest((128, 64, 32), N, padding=1 / 3)
