@@ -8,7 +8,6 @@ Importing this file imports no Triton.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -82,8 +81,7 @@ def launch_forward(
         "BLOCK_D": tuning.power_of_two(head_dim),
         "COSINE": cosine,
         "DROPOUT": dropout > 0,
-        # Random numbers take registers that the tiles' limit does not foresee.
-        **(replace(tiles, registers=None) if dropout else tiles).options(),
+        **(tiles.for_dropout() if dropout else tiles).options(),
     }
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(qkv):

@@ -15,7 +15,7 @@ None has been measured yet.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -69,6 +69,10 @@ class Tiles:
     stages: int
     registers: int | None = None
     """Limit of a thread's registers, to have more programs on a processor; None: as many as the compiler likes."""
+
+    def for_dropout(self) -> "Tiles":
+        """For a kernel that draws random numbers besides, which take registers: up to eight warps and no limit."""
+        return replace(self, warps=max(self.warps, min(8, 2 * self.warps)), registers=None)
 
     def options(self) -> dict[str, int]:
         """How Triton's launcher wants to be told."""
