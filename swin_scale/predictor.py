@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from PIL import Image
 from swin_scale.config import Augment
 from swin_scale.convert import ModelInfo, model_from_weights
 from swin_scale.data import BadSample, EvalTransform, decode_rgb, finish
+from swin_scale.engine.kernel_choice import describe_kernels
 from swin_scale.errors import DataError, UserError
 from swin_scale.models.swin import Swin
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ImageLike = str | os.PathLike[str] | Image.Image
@@ -74,6 +78,9 @@ def class_names(info: ModelInfo) -> tuple[str, ...]:
 def _predictor(network: Swin, classes: tuple[str, ...]) -> Callable[..., list[Guess]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
+    dtype = network.patch_embed.proj.weight.dtype
+    choice = describe_kernels(network.variant.kernels, network.variant, device, dtype)
+    logger.info("kernels: %s", choice.text)
     transform = EvalTransform.create(Augment(), network.variant.img_size)
     count = network.variant.num_classes
     if classes and len(classes) != count:

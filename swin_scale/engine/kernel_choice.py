@@ -43,7 +43,7 @@ def choose_kernels(config: Config, dist: Dist, network: Variant) -> KernelChoice
     mode, dtype = config.engine.kernels, DTYPES[config.engine.precision]
     if mode == "reference":
         return describe_kernels(mode, network, dist.device, dtype)
-    here = why_not_triton(dist.device, dtype)
+    here = _why_not(mode, dist.device, dtype)
     reasons = dist.broadcast_json("kernels", dist.gather_json("kernels", here))
     for rank, reason in enumerate(reasons):
         if reason is None:
@@ -59,13 +59,15 @@ def describe_kernels(mode: Mode, network: Variant, device: torch.device, dtype: 
     """What `mode` comes to for `network` with activations of `dtype` on `device` of this process."""
     if mode == "reference":
         return KernelChoice(mode=mode, text="torch, as engine.kernels is reference")
-    reason = why_not_triton(device, dtype)
-    if reason is None and mode == "auto" and device.type != "cuda":
-        reason = "Triton's interpreter is used where engine.kernels is triton, not auto"
-    if reason is not None:
+    if (reason := _why_not(mode, device, dtype)) is not None:
         return KernelChoice(mode=mode, text=f"torch, as {reason}")
     rest = [f"; torch for attention in stage {i}, as {reason}" for i, reason in _stages_without(network).items()]
     return KernelChoice(mode=mode, text=f"Triton{''.join(rest)}")
+
+
+def _why_not(mode: Mode, device: torch.device, dtype: torch.dtype) -> str | None:
+    # Its interpreter, of which the full answer speaks, is never used unasked.
+    return "there is no CUDA device" if mode == "auto" and device.type == "cpu" else why_not_triton(device, dtype)
 
 
 def _stages_without(network: Variant) -> dict[int, str]:

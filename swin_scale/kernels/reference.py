@@ -23,6 +23,9 @@ Not -inf: the official models were trained with -100, and SwinV2 logits reach +-
 NORM_FLOOR = 1e-6
 """Rows of q and k shorter than this get no gradient: that of v / |v| grows as 1 / |v| and is NaN in fp16 at zero."""
 
+WORD = 0xFFFFFFFF
+"""The largest word of 32 bits; tensors hold words in int64."""
+
 
 def window_partition(x: Tensor, window_size: Size, shift_size: Size = (0, 0)) -> Tensor:
     """(B, H, W, C) to windows (B * nW, N, C), after rolling the map by `-shift_size`. H and W must divide."""
@@ -129,11 +132,8 @@ def dropout_keep(seed: Tensor, rate: float, entry: Tensor, head: Tensor, window:
 
     Returns: bool, of the common shape.
     """
-    words = philox_4x32((seed & _WORD, seed >> 32 & _WORD), (entry, head, window, image))
+    words = philox_4x32((seed & WORD, seed >> 32 & WORD), (entry, head, window, image))
     return words[0] >= int(rate * 2**32)
-
-
-_WORD = 0xFFFFFFFF
 
 
 def philox_4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -144,8 +144,8 @@ def philox_4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tenso
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
-        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+        c0, c1, c2, c3 = (b >> 32 & WORD) ^ c1 ^ k0, b & WORD, (a >> 32 & WORD) ^ c3 ^ k1, a & WORD
+        k0, k1 = k0 + 0x9E3779B9 & WORD, k1 + 0xBB67AE85 & WORD
     return c0, c1, c2, c3
 
 
