@@ -95,15 +95,15 @@ def build(
 ) -> tuple[list[Region], dict[str, str]]:
     """`ours` first, fused where Triton serves; then those of `only` that can take part here; why the others cannot."""
     half = dtype is not torch.float32
-    plain = partial(eager, shape, _mask(shape, dtype, device))
-    masked = partial(sdpa, shape, _mask(shape, dtype, device))
+    plain = partial(eager, shape, mask_of(shape, dtype, device))
+    masked = partial(sdpa, shape, mask_of(shape, dtype, device))
     autocast = partial(torch.autocast, device.type, dtype)
     builders: dict[str, Callable[[], Region]] = {
         "ours-atomic": lambda: _fused("ours-atomic", shape, dtype, device, False),
         "ours-chunked": lambda: _chunked("ours-chunked", shape),
         "official-amp": lambda: Region(
             name="official-amp",
-            run=partial(eager, shape, _mask(shape, torch.float32, device)),
+            run=partial(eager, shape, mask_of(shape, torch.float32, device)),
             stream=torch.float32,
             small=None,
             scope=autocast,
@@ -137,7 +137,7 @@ def build(
     return found, missing
 
 
-def _mask(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """(nW, N, N), kept as a buffer by all codes that add it."""
     if not shape.shifted:
         return None
@@ -280,7 +280,7 @@ def fwa_2(shape: Shape, dtype: torch.dtype, device: torch.device, checkout: str 
     if device.type != "cuda":
         raise PeerMissing("FWA-2 runs on CUDA devices only")
     attention = _load("flash_win_attn_v2", checkout, "flash_window_attention_v2").FlashWindowAttentionV2.apply
-    mask = _mask(shape, dtype, device)
+    mask = mask_of(shape, dtype, device)
 
     def run(x: Tensor, qkv: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         windows = window_partition(x, shape.window, shape.shift)
@@ -322,7 +322,7 @@ def official_region(shape: Shape, dtype: torch.dtype, device: torch.device, chec
     module.cpb_mlp = _Give(given)
     del module.logit_scale, module.relative_position_index
     module.relative_position_index = torch.arange(shape.tokens**2, device=device).view(shape.tokens, shape.tokens)
-    mask = _mask(shape, dtype, device)
+    mask = mask_of(shape, dtype, device)
     wh, ww = shape.window
 
     def run(x: Tensor, qkv: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,19 +18,17 @@ import torch
 
 from swin_scale.bench import KERNEL_PEERS, kernel_ops, kernel_peers
 from swin_scale.bench.ceilings import ceilings
+from swin_scale.bench.kernel_gate import PEER_LIMIT, allowance, excess, gate, luck_of_scale
 from swin_scale.bench.kernel_peers import Region
 from swin_scale.bench.kernel_report import picture, table
-from swin_scale.bench.measure import LAUNCHES, MODES, Candidate, failure, measure, peak_bytes, peer_errors
+from swin_scale.bench.measure import LAUNCHES, MODES, Candidate, measure, peak_bytes
 from swin_scale.bench.region import (
-    QUANTITIES,
     SHIFTS,
     Floor,
     Inputs,
     Shape,
     draw,
     floors,
-    judged_images,
-    outcome,
     shapes,
 )
 from swin_scale.bench.result import Result, describe, fixed_threads
@@ -40,17 +38,6 @@ from swin_scale.files import write_atomic
 
 PARTS = ("attention", "ops")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-GATE_FACTOR = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 2.0}
-"""Our error may be this many times the official code's: under AMP in half precision, where fp32 is its arithmetic
-between the products, and its own in fp32, where both are at rounding."""
-
-SCALE_FACTOR, SCALE_ROUNDINGS = 2.0, {torch.float16: 8, torch.bfloat16: 8, torch.float32: 64}
-"""Allowed for the gradient of the scale, one number a head, is twice the official chain's error, or so many roundings
-of the dtype. It is a sum of terms of either sign: which of two equally exact codes comes nearer is luck."""
-
-PEER_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
-"""Relative error past which a peer does not compute the same function."""
 
 SETS, CACHES = 3, 3
 """At least so many sets of inputs, and so many that they exceed the second cache so many times."""
@@ -195,7 +182,7 @@ def _case(
     inputs = [draw(shape, batch, DTYPES[dtype], device, seed) for seed in range(sets)]
     regions, missing = kernel_peers.build(shape, DTYPES[dtype], device, only=only, official=official, fwa=fwa)
     errors = gate(shape, regions, inputs[0])
-    allowed = allowance(errors, DTYPES[dtype])
+    allowed = allowance(errors, DTYPES[dtype], luck_of_scale(shape, inputs[0]))
     least = floors(shape, batch, DTYPES[dtype])
     case: dict[str, Any] = {
         "title": shape.title,
@@ -236,48 +223,7 @@ def _calls(region: Region, inputs: Sequence[Inputs]) -> dict[str, Any]:
     }
 
 
-# -- correctness -------------------------------------------------------------------------------------------------------
-
-
-def gate(shape: Shape, regions: Sequence[Region], inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """Relative errors of each code against fp64, ||x - reference|| / ||reference|| for each of `region.QUANTITIES`.
-
-    All run on the whole batch. Only a few images, the first and the last, have an upstream gradient, so that fp64 has
-    room for them and gradients of scale and bias are those of these images. Who raises has the error under `failed`.
-    """
-    images = judged_images(shape, len(inputs.qkv))
-    wanted = outcome(shape, inputs, images)
-    upstream = torch.zeros_like(inputs.upstream)
-    upstream[images] = inputs.upstream[images]
-    found: dict[str, dict[str, Any]] = {}
-    for region in regions:
-        try:
-            got = region.quantities(shape, inputs, upstream, images)
-        except peer_errors() as error:
-            found[region.name] = {"failed": failure(error)}
-            continue
-        found[region.name] = {name: float((got[name] - value).norm() / value.norm()) for name, value in wanted.items()}
-    return found
-
-
-def allowance(errors: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> dict[str, float]:
-    """The error that ours may have in each quantity: a multiple of the official chain's, or a limit without it."""
-    judge = next((name for name in ("official-amp", "official") if "output" in errors.get(name, {})), None)
-    if judge is None:
-        return dict.fromkeys(QUANTITIES, PEER_LIMIT[dtype])
-    allowed = {name: GATE_FACTOR[dtype] * error for name, error in errors[judge].items()}
-    rounding = torch.finfo(dtype).eps / 2
-    return allowed | {"scale": max(SCALE_FACTOR * errors[judge]["scale"], SCALE_ROUNDINGS[dtype] * rounding)}
-
-
-def excess(errors: Mapping[str, float], allowed: Mapping[str, float]) -> str | None:
-    """The first quantity in which `errors` are larger than `allowed`, in words; NaN is larger than anything."""
-    for name, most in allowed.items():
-        if not errors[name] <= most:
-            return (
-                f"the {'gradient of ' * (name != 'output')}{name} is off by {errors[name]:.3g}, allowed is {most:.3g}"
-            )
-    return None
+# -- who may be timed, and what goes beside the times ------------------------------------------------------------------
 
 
 def _admitted(
@@ -295,9 +241,6 @@ def _admitted(
         if reason is not None:
             missing[region.name] = reason
     return [region for region in regions if region.name not in missing]
-
-
-# -- what goes beside the times ----------------------------------------------------------------------------------------
 
 
 def _memory(shape: Shape, regions: Sequence[Region], inputs: Inputs, device: torch.device) -> dict[str, Any] | None:
