@@ -114,6 +114,11 @@ def launch(
             return count, bias.new_empty(count, heads, N, N)
         return count, bias.new_zeros(1, heads, N, N)
 
+    def packed(bias: Tensor, rows: int, columns: int) -> Tensor:
+        tiles = bias.new_empty(heads, -(-N // rows), -(-N // columns), rows * columns)
+        pack_bias[(tiles.shape[:-1].numel(),)](bias, tiles, N, rows, columns)
+        return tiles
+
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(qkv):
         if N <= tuning.WHOLE_WINDOW:
@@ -121,7 +126,7 @@ def launch(
             count, d_bias = partial_sums(1, 8 // tile.warps)
             d_scale = bias.new_empty(count, heads)
             whole_windows[(count * heads,)](
-                bias=bias,
+                packed=packed(bias, tile.rows, tile.rows),
                 dqkv=d_qkv,
                 dscale=d_scale,
                 dbias=d_bias,
@@ -135,12 +140,6 @@ def launch(
         else:
             group = tuning.window_group(windows, 4 * N * head_dim * qkv.element_size(), chip)
             rounds = -(-windows // group) * heads * group
-
-            def packed(bias: Tensor, rows: int, columns: int) -> Tensor:
-                tiles = bias.new_empty(heads, -(-N // rows), -(-N // columns), rows * columns)
-                pack_bias[(tiles.shape[:-1].numel(),)](bias, tiles, N, rows, columns)
-                return tiles
-
             tile = tuning.tiles("backward_rows", shape, chip)
             blocks = -(-N // tile.rows)
             arguments |= {"lse": lse, "delta": torch.empty_like(lse)}

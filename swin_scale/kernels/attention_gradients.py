@@ -70,7 +70,7 @@ def whole_windows(
     grad,  # (B, H, W, C)
     qkv,  # (B, H, W, 3C)
     scale,  # (heads,)
-    bias,  # (heads, N, N)
+    packed,  # the bias, by `pack_bias`
     seed,  # () int64, or None without dropout
     dqkv,  # (B, H, W, 3C)
     dscale,  # (slots, heads)
@@ -101,8 +101,6 @@ def whole_windows(
     C = heads * HEAD_DIM
     token = tl.arange(0, BLOCK)
     tau = tl.load(scale + head)
-    # Padded columns have no weight. Padded rows keep theirs, as a softmax without any would be NaN.
-    logit_bias = tl.where((token < N)[None, :], load_bias(bias, head, token, token, N) * LOG2E, float("-inf"))
     bias_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
     q_head, dq_head = qkv + head * HEAD_DIM, dqkv + head * HEAD_DIM
@@ -116,7 +114,9 @@ def whole_windows(
         do, size, _inverse = into_range(do)
         q_dot, k_dot = scaled_queries(q, tau, COSINE), scored_keys(k, COSINE)
 
-        logits = tl.dot(q_dot, tl.trans(k_dot), input_precision="ieee") + logit_bias
+        # From the cache for each window: kept, it would take 32 registers a thread.
+        logits = packed_tile(packed, head, 0, 0, N, BLOCK, BLOCK)
+        logits = tl.dot(q_dot, tl.trans(k_dot), acc=logits, input_precision="ieee")
         if SHIFTED and has_seam(top, left, H, W, shift_y, shift_x, WH, WW):
             region = token_regions(token, top, left, H, W, shift_y, shift_x, WH, WW)
             logits = mask_regions(logits, region, region)
