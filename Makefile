@@ -2,7 +2,8 @@
 # make test   one thinned case of every claim
 # make proof  the full grids, kills and faults
 # make check  ruff, types, import floors      make bench      CPU ratios against the peers
-# make gpu-check PART=model|train|moe|large   GPU tests and benchmarks, on a machine that has one
+# make gpu-check PART=kernels|kernels-more|model|model-more|train|moe|large
+#             GPU tests and benchmarks, on a machine that has one
 
 PYTHON ?= python3
 VENV := .venv
@@ -65,6 +66,7 @@ check: $(TESTED)
 bench: $(TESTED)
 	$(SWIN) bench model --model swinv2_tiny_patch4_window8_256 $(if $(OFFICIAL),--official $(OFFICIAL))
 	$(SWIN) bench model --model swinv2_tiny_patch4_window16_256 $(if $(OFFICIAL),--official $(OFFICIAL))
+	$(SWIN) bench kernels --shapes 'T w8 s1' 'B 192 w12 s1' 'T w16 s1' --shifts shifted $(if $(OFFICIAL),--official $(OFFICIAL))
 	$(SWIN) bench data
 	$(SWIN) bench checkpoint
 	$(SWIN) bench moe
