@@ -123,10 +123,13 @@ def launch(
     with torch.cuda.device_of(qkv):
         if N <= tuning.WHOLE_WINDOW:
             tile = tuning.tiles("backward", shape, chip)
+            # Products of fp32 tiles lie otherwise in registers than those of tensor cores.
+            order_counts = qkv.dtype != torch.float32
             count, d_bias = partial_sums(1, 8 // tile.warps)
             d_scale = bias.new_empty(count, heads)
             whole_windows[(count * heads,)](
-                packed=packed(bias, tile.rows, tile.rows),
+                bias=packed(bias, tile.rows, tile.rows) if order_counts else bias,
+                PACKED=order_counts,
                 dqkv=d_qkv,
                 dscale=d_scale,
                 dbias=d_bias,

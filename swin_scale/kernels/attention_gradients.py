@@ -70,7 +70,7 @@ def whole_windows(
     grad,  # (B, H, W, C)
     qkv,  # (B, H, W, 3C)
     scale,  # (heads,)
-    packed,  # the bias, by `pack_bias`
+    bias,  # (heads, N, N), or by `pack_bias` if PACKED
     seed,  # () int64, or None without dropout
     dqkv,  # (B, H, W, 3C)
     dscale,  # (slots, heads)
@@ -93,6 +93,7 @@ def whole_windows(
     SHIFTED: tl.constexpr,
     DROPOUT: tl.constexpr,
     ATOMIC: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """All gradients of every `slots`-th window of one head, N = WH · WW <= BLOCK. Grid: (slots · heads,)."""
     N: tl.constexpr = WH * WW
@@ -101,6 +102,10 @@ def whole_windows(
     C = heads * HEAD_DIM
     token = tl.arange(0, BLOCK)
     tau = tl.load(scale + head)
+    # Packed, it is read from the cache for each window: kept, it would take 32 registers a thread.
+    if not PACKED:
+        logit_bias = load_bias(bias, head, token, token, N) * LOG2E
+        logit_bias = tl.where((token < N)[None, :], logit_bias, float("-inf"))
     bias_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
     q_head, dq_head = qkv + head * HEAD_DIM, dqkv + head * HEAD_DIM
@@ -114,8 +119,10 @@ def whole_windows(
         do, size, _inverse = into_range(do)
         q_dot, k_dot = scaled_queries(q, tau, COSINE), scored_keys(k, COSINE)
 
-        # From the cache for each window: kept, it would take 32 registers a thread.
-        logits = packed_tile(packed, head, 0, 0, N, BLOCK, BLOCK)
+        if PACKED:
+            logits = packed_tile(bias, head, 0, 0, N, BLOCK, BLOCK)
+        else:
+            logits = logit_bias
         logits = tl.dot(q_dot, tl.trans(k_dot), acc=logits, input_precision="ieee")
         if SHIFTED and has_seam(top, left, H, W, shift_y, shift_x, WH, WW):
             region = token_regions(token, top, left, H, W, shift_y, shift_x, WH, WW)
