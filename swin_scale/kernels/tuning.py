@@ -134,7 +134,7 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
     if kernel == "backward_columns":
         # Tiles of the transpose: the keys lie where warps share them out.
         rows, columns = columns, rows
-    return Tiles(rows, columns, warps=max(rows, columns) // 16, stages=2)
+    return Tiles(rows, columns, warps=max(rows, columns) // (8 if wide else 16), stages=2)
 
 
 def power_of_two(n: int) -> int:
