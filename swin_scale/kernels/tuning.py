@@ -116,8 +116,11 @@ def heuristic(kernel: Kernel, shape: Shape) -> Tiles:
             # 128 registers: four programs on a processor. Tiles that mask padding take more and would spill.
             limit = 128 if side == N and shape.head_dim == lanes <= 32 else None
             return Tiles(side, side, warps * (1 if lanes <= 32 else 2), stages=2, registers=limit)
-        # Backward of a tile that is padded, or in fp32, has no registers left for a pipeline.
-        return Tiles(side, side, warps * (2 if wide or lanes > 64 else 1), stages=2 if side == N and not wide else 1)
+        # Backward of a tile that is padded, or in fp32, has no registers left for a pipeline. Of a padded one the
+        # assembler would spill a few bytes to run more programs at once; told that it may have all, it does not.
+        warps *= 2 if wide or lanes > 64 else 1
+        limit = 255 if side != N and not wide else None
+        return Tiles(side, side, warps, stages=2 if side == N and not wide else 1, registers=limit)
     rows = _largest((128, 64, 32), N, padding=1 / 3)
     columns = _largest((64, 32, 16), N, padding=1 / 7)
     if kernel == "forward" and not wide and lanes <= 32:
