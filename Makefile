@@ -1,8 +1,10 @@
 # make demo   the main job on real images: shards, two-process training, evaluation, conversion, prediction
 # make test   one thinned case of every claim
 # make proof  the full grids, kills and faults
+# make test-slurm   a real Slurm on this machine (installs it, as root): runs submitted, interrupted, requeued
+# make soak   2,200 steps under random faults on that Slurm (root), against the same run undisturbed; 15 minutes
 # make check  ruff, types, import floors      make bench      CPU ratios against the peers
-# make gpu-check PART=kernels|kernels-more|model|model-more|train|moe|large
+# make gpu-check PART=kernels|kernels-more|tune|model|model-more|train|moe|large
 #             GPU tests and benchmarks, on a machine that has one
 
 PYTHON ?= python3
@@ -15,12 +17,12 @@ SWIN := $(BIN)/swin-scale
 PART ?= train
 OFFICIAL ?=
 
-.PHONY: install demo test proof check bench gpu-check clean
+.PHONY: install demo test proof test-slurm soak check bench gpu-check clean
 
 install: $(INSTALLED)
 
 # TORCH_INDEX=URL takes torch from another index, such as one of CPU builds.
-$(INSTALLED): setup.py constraints.txt swin_scale/data/_resample.c
+$(INSTALLED): setup.py constraints.txt swin_scale/data/_resample.c swin_scale/engine/_stream.c
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) --editable .
@@ -52,10 +54,19 @@ demo: $(INSTALLED)
 	    raise SystemExit(top1 < 90)"
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -m "not proof and not gpu" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not proof and not gpu" -n 2 --dist worksteal -rN
 
 proof: $(TESTED)
-	$(BIN)/python -m pytest -m "proof and not gpu" -n 2 --dist worksteal -rA
+	$(BIN)/python -m pytest -m "proof and not gpu" -n 2 --dist worksteal -rN --durations 20
+
+# `make test` leaves these out; here a missing Slurm is a failure. One after the other: they share the cluster.
+test-slurm: $(TESTED)
+	CLUSTER_DIR=. tests/slurm/cluster.sh install
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm --durations=5
+
+soak: $(TESTED)
+	CLUSTER_DIR=. tests/slurm/cluster.sh install
+	$(BIN)/python benchmarks/soak.py
 
 check: $(TESTED)
 	$(BIN)/ruff check .
@@ -70,6 +81,7 @@ bench: $(TESTED)
 	$(SWIN) bench data
 	$(SWIN) bench checkpoint
 	$(SWIN) bench moe
+	$(SWIN) bench simmim
 
 # Uses the interpreter at hand: GPU machines bring their own build of torch.
 gpu-check:

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from swin_scale.end_signals import END_SIGNALS
 from swin_scale.errors import EXIT_PREEMPTED, PeerLostError, UserError
 
 logger = logging.getLogger(__name__)
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGINT, *END_SIGNALS)
 POLL_S = 0.05
 SAVE_GRACE_S = 60.0
 """Time for the others after a rank ended preempted and saved: they are saving too."""
@@ -55,10 +56,11 @@ def launch_local(
     log_dir: Path | None = None,
     module: str = "swin_scale",
     grace_s: float = 10.0,
+    listens: bool = False,
 ) -> int:
     """Run ``python -m module *argv`` as `nproc` ranks and return the exit code of the first cause.
 
-    SIGINT, SIGTERM and SIGUSR1 are forwarded to all ranks; a second SIGINT ends them. When a rank fails, the others get
+    SIGINT and `END_SIGNALS` are forwarded to all ranks; a second SIGINT ends them. When a rank fails, the others get
     `grace_s` seconds to end by themselves, then SIGTERM, and SIGKILL `grace_s` later. All of them, with their workers,
     also end when this process is killed.
 
@@ -69,6 +71,7 @@ def launch_local(
         log_dir: where ``rank{r}.out`` receives what ranks above 0 print; default: only kept to show its end on failure.
         module: what to run; tests use their own.
         grace_s: see above.
+        listens: the module installs `EndSignals`. Until it does, what asks it to end waits, where it would be its end.
 
     Returns:
         0, or the first cause: a rank's own exit code; 6 when a rank was killed by a signal; 128 + n when that was a
@@ -89,7 +92,7 @@ def launch_local(
         with _recorded_signals(received):
             for number in range(nproc):
                 variables = {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}
-                ranks.append(_Rank(number, [module, *argv], variables, guard, log_dir))
+                ranks.append(_Rank(number, [module, *argv], variables, guard, log_dir, END_SIGNALS if listens else ()))
             exits = _watch(ranks, received, grace_s)
         return _report(exits, ranks, set(received))
     finally:
@@ -139,7 +142,16 @@ def first_cause(exits: Sequence[Exit]) -> Exit | None:
 class _Rank:
     """One started process, leader of its process group."""
 
-    def __init__(self, rank: int, arguments: list[str], env: Mapping[str, str], guard: int, log_dir: Path | None):
+    def __init__(
+        self,
+        rank: int,
+        arguments: list[str],
+        env: Mapping[str, str],
+        guard: int,
+        log_dir: Path | None,
+        waiting: Sequence[signal.Signals],
+    ) -> None:
+        """`waiting`: signals that are blocked in the process, across exec, until it unblocks them."""
         self.rank = rank
         self.output: IO[bytes] | None = None
         if rank > 0 and log_dir is not None:
@@ -147,15 +159,19 @@ class _Rank:
             self.output = open(log_dir / f"rank{rank}.out", "ab+")  # noqa: SIM115 - closed in end()
         elif rank > 0:
             self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed in end()
-        self.process = subprocess.Popen(
-            [sys.executable, "-IS", str(Path(__file__).with_name("child.py")), str(guard), *arguments],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=self.output,
-            stderr=self.output,
-            pass_fds=(guard,),
-            start_new_session=True,
-        )
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-IS", str(Path(__file__).with_name("child.py")), str(guard), *arguments],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=self.output,
+                stderr=self.output,
+                pass_fds=(guard,),
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def poll(self) -> int | None:
         """Exit code once the process ended; its workers are ended before its id can be used again."""

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swin_scale.errors import SwinScaleError, UserError
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from swin_scale.recipes import CONFIGS, catalogue, recipes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parse(argv)
     try:
         return int(arguments.handler(arguments) or 0)
     except SwinScaleError as error:
@@ -32,10 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; ``a.b=c`` may stand behind options too, where argparse itself no longer takes them."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any("=" not in word or word[0] == "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All verbs; importing nothing heavier than argparse, so that --help answers at once."""
     from data_prep.cli import add_parser as add_shards
+    from launcher.cli import add_run_verbs, add_slurm_arguments
     from swin_scale.bench.cli import add_parser as add_bench
+    from swin_scale.doctor.cli import add_parser as add_doctor
+    from swin_scale.plan.cli import add_parser as add_plan
 
     parser = argparse.ArgumentParser(prog="swin-scale", description="Pretrain Swin Transformers at scale.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -53,25 +65,27 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(local)
     local.add_argument("--allow-change", action="store_true", help="passed on to `train`")
     local.set_defaults(handler=_launch_local)
+    slurm = where.add_parser("slurm", help="on a cluster: writes the batch script and submits it")
+    _config_arguments(slurm)
+    add_slurm_arguments(slurm)
+    slurm.set_defaults(handler=_launch_slurm)
+    add_run_verbs(verbs)
 
     evaluate = verbs.add_parser(
         "eval", help="top-1 and top-5 over shards, of a model or of a classifier on its features"
     )
     _weights_arguments(evaluate)
     evaluate.add_argument("--data", nargs="+", required=True, metavar="DIR", help="shard directories")
-    evaluate.add_argument("--img-size", type=int, help="input size in pixels; default: the model's")
-    evaluate.add_argument("--squash", action="store_true", help="resize to the square instead of cropping the centre")
     evaluate.add_argument("--batch", type=int, default=64)
     evaluate.add_argument("--workers", type=int, default=2)
     evaluate.add_argument("--probe", choices=("knn", "linear", "few-shot"), help="a classifier on frozen features")
     evaluate.add_argument("--train", nargs="+", metavar="DIR", help="shard directories that the classifier learns from")
-    evaluate.add_argument("--shots", type=int, default=5, help="images of each class for few-shot")
+    evaluate.add_argument("--shots", type=int, help="images of each class for few-shot; default: 5")
     evaluate.set_defaults(handler=_evaluate)
 
     predict = verbs.add_parser("predict", help="labels for image files, with names")
     _weights_arguments(predict)
     predict.add_argument("images", nargs="+", help="image files or folders")
-    predict.add_argument("--img-size", type=int, help="input size in pixels; default: the model's")
     predict.add_argument("--topk", type=int, default=5)
     predict.add_argument("--json", action="store_true", help="one JSON object per image")
     predict.set_defaults(handler=_predict)
@@ -96,9 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="what is in a checkpoint, a weight file, a shard set, a config")
     inspect.add_argument("path")
+    inspect.add_argument("--verify", action="store_true", help="read checkpoints whole and compare their digests")
     inspect.add_argument("--routing", action="store_true", help="of a model with experts: a page of what goes where")
     inspect.add_argument("--data", nargs="+", metavar="SHARDS", help="with --routing: the images to send through it")
-    inspect.add_argument("--images", type=int, default=10_000, help="with --routing: at most so many")
+    inspect.add_argument("--images", type=int, help="with --routing: at most so many; default: 10000")
     inspect.add_argument("--out", metavar="FILE", help="with --routing: the page; default: routing.html")
     inspect.add_argument("--model", metavar="NAME", help="with --routing: the model, where the file does not tell")
     inspect.add_argument("--ema", action="store_true", help="with --routing: take the moving average of the weights")
@@ -107,11 +122,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     configs = verbs.add_parser("configs", help="the shipped recipes")
     which = configs.add_subparsers(dest="which", required=True)
-    which.add_parser("list", help="every recipe with its first line").set_defaults(handler=_configs_list)
+    which.add_parser("list", help="every recipe, in groups, with what it is").set_defaults(handler=_configs_list)
     show = which.add_parser("show", help="one recipe, resolved, with where each value came from")
     _config_arguments(show)
     show.set_defaults(handler=_configs_show)
 
+    add_plan(verbs, _config_arguments, _load)
+    add_doctor(verbs, _load, _find_config)
     add_bench(verbs)
     return parser
 
@@ -125,17 +142,32 @@ def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="run directory, checkpoint directory, .pth or .safetensors")
     parser.add_argument("--model", help="model name; needed for weight files that do not name theirs")
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights")
+    parser.add_argument("--img-size", type=int, help="input size in pixels; default: the model's")
+    parser.add_argument(
+        "--squash",
+        action=argparse.BooleanOptionalAction,
+        help="resize to the square, or crop the centre; default: as the run of the weights did, else crop",
+    )
+
+
+def _only_with(arguments: argparse.Namespace, options: Sequence[str], needed: str) -> None:
+    """Raise UserError for the first of `options` that was given, as it does nothing without `needed`."""
+    for option in options:
+        given = getattr(arguments, option)
+        if given is not None and given is not False:
+            raise UserError(f"--{option} is for {needed}; add it, or leave --{option} out")
 
 
 def _find_config(name: str) -> Path:
-    """A path as given, or a shipped recipe by its stem or its path below ``configs/``."""
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+    """A path as given, or a shipped recipe by its path below ``configs/`` or by its stem."""
+    shipped = recipes()
+    named = [path for stem, path in shipped.items() if stem.rpartition("/")[2] == name]
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml", *named[:1]):
         if path.is_file():
             return path
     import difflib
 
-    stems = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in sorted(CONFIGS.rglob("*.yaml"))]
-    near = difflib.get_close_matches(name, stems, n=2)
+    near = difflib.get_close_matches(name, shipped, n=2)
     raise UserError(
         f"config {name!r} is neither a file nor a shipped recipe"
         + (f"; did you mean {' or '.join(near)}?" if near else "; `swin-scale configs list` names them")
@@ -143,47 +175,67 @@ def _find_config(name: str) -> Path:
 
 
 def _load(arguments: argparse.Namespace):
-    from swin_scale.config_load import load_config
+    from swin_scale.staged import load
 
     name = arguments.path if arguments.verb == "inspect" else arguments.config
-    return load_config(_find_config(name), arguments.overrides)
+    return load(_find_config(name), arguments.overrides)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    loaded = _load(arguments)
-    from swin_scale.train import run
+    from swin_scale.end_signals import EndSignals
+    from swin_scale.sections import process_began
 
-    return run(loaded, allow_change=arguments.allow_change)
+    with EndSignals() as signals:  # before whatever takes time, imports above all
+        from swin_scale.staged import Staged
+
+        began, loaded = process_began(), _load(arguments)
+        if isinstance(loaded, Staged):
+            from swin_scale.staged_run import run_stages
+
+            return run_stages(loaded, allow_change=arguments.allow_change, began=began, signals=signals)
+        from swin_scale.train import run
+
+        return run(loaded, allow_change=arguments.allow_change, began=began, signals=signals)
 
 
 def _launch_local(arguments: argparse.Namespace) -> int:
     from launcher.local import launch_local
     from swin_scale.config import batch_plan
 
-    batch_plan(_load(arguments).config, arguments.nproc)
+    for config in _load(arguments).configs:
+        batch_plan(config, arguments.nproc)
     command = ["train", str(_find_config(arguments.config)), *arguments.overrides]
-    return launch_local(arguments.nproc, command + ["--allow-change"] * arguments.allow_change)
+    return launch_local(arguments.nproc, command + ["--allow-change"] * arguments.allow_change, listens=True)
+
+
+def _launch_slurm(arguments: argparse.Namespace) -> int:
+    from launcher.cli import launch_slurm
+    from swin_scale.plan.cli import forecast
+
+    return launch_slurm(arguments, _load(arguments), forecast)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     import json
 
-    from swin_scale.errors import UserError
-
+    if not arguments.probe:
+        _only_with(arguments, ("train", "shots"), "--probe")
+    elif arguments.probe != "few-shot":
+        _only_with(arguments, ("shots",), "--probe few-shot")
     if arguments.probe and not arguments.train:
         raise UserError(f"--probe {arguments.probe} needs --train, the shards that the classifier learns from")
     options = {
         "model": arguments.model,
         "kind": "ema" if arguments.ema else "master",
         "img_size": arguments.img_size,
-        "crop": not arguments.squash,
+        "crop": _crop(arguments),
         "batch": arguments.batch,
         "workers": arguments.workers,
     }
     if arguments.probe:
         from swin_scale.probe import probe
 
-        what = {"method": arguments.probe, "shots": arguments.shots}
+        what = {"method": arguments.probe, "shots": 5 if arguments.shots is None else arguments.shots}
         figures = probe(arguments.weights, arguments.train, arguments.data, **what, **options)
     else:
         from swin_scale.evaluate import evaluate_weights
@@ -191,6 +243,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         figures = evaluate_weights(arguments.weights, arguments.data, **options)
     print(json.dumps(figures))
     return 0
+
+
+def _crop(arguments: argparse.Namespace) -> bool | None:
+    return None if arguments.squash is None else not arguments.squash
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -203,6 +259,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         kind="ema" if arguments.ema else "master",
         img_size=arguments.img_size,
+        crop=_crop(arguments),
     )
     for path in image_files(arguments.images):
         guesses = predictor(path, topk=arguments.topk)
@@ -235,14 +292,17 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.routing:
+        if arguments.verify:
+            raise UserError("--verify does not go with --routing; inspect twice, once with each")
         return _inspect_routing(arguments)
-    if arguments.data:
-        raise UserError("--data is for --routing; add it, or leave --data out")
+    _only_with(arguments, ("data", "images", "out", "model", "ema"), "--routing")
     if arguments.path.endswith((".yaml", ".yml")):
+        if arguments.verify:
+            raise UserError(f"{arguments.path} is a config, and has no digests to verify; leave --verify out")
         return _configs_show(arguments)
     from swin_scale.convert import inspect_path
 
-    print(inspect_path(arguments.path))
+    print(inspect_path(arguments.path, verify=arguments.verify))
     return 0
 
 
@@ -252,18 +312,16 @@ def _inspect_routing(arguments: argparse.Namespace) -> int:
     from swin_scale.routing import inspect_routing
 
     kind = "ema" if arguments.ema else "master"
+    images = 10_000 if arguments.images is None else arguments.images
     page = inspect_routing(
-        arguments.path, arguments.data, out=arguments.out, model=arguments.model, kind=kind, images=arguments.images
+        arguments.path, arguments.data, out=arguments.out, model=arguments.model, kind=kind, images=images
     )
     print(page)
     return 0
 
 
 def _configs_list(arguments: argparse.Namespace) -> int:
-    recipes = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
-    for name, path in recipes.items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        print(f"{name:<{max(map(len, recipes))}} {first}")
+    print(catalogue())
     return 0
 
 

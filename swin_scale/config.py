@@ -40,13 +40,16 @@ class Data:
     """Consecutive stored samples that are read together; part of the sample order."""
     max_bad_rate: float = 0.01
     """Fraction of unusable samples past which the run stops with exit code 3."""
+    exclude: tuple[int, ...] = ()
+    """Sample ids to leave out, as ``skipped.jsonl`` and the loss guard name them: their slots stay empty, no other
+    sample moves, and they do not count as unusable."""
     max_pixels: int = 100_000_000
     """Images that declare more pixels are unusable; checked before decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Official training transform; `scale: [1, 1]`, zeros and `none` switch every part off."""
+    """Official training transform; `crop_scale: [1, 1]`, zeros and `none` switch every part off."""
 
     crop: Literal["resized", "pad"] | None = None
     """`resized`: RandomResizedCrop; `pad`: zero-pad by 4 and crop. Unset: `pad` up to 32 pixels, as officially."""
@@ -80,7 +83,8 @@ class Model:
 
     name: str
     num_classes: int | None = None
-    window_size: int | None = None
+    window_size: int | tuple[int, int] | None = None
+    """Tokens, one number or [height, width]; each is clamped to the map."""
     pretrained_window_sizes: tuple[int, ...] | None = None
     drop_path_rate: float | None = None
     drop_rate: float | None = None
@@ -134,6 +138,23 @@ class MoE:
     ep_size: int = 1
     """Ranks that share one set of experts; divides experts and ranks. Needs engine.zero_stage 1 or 2 above 1."""
     backend: Literal["native", "tutel"] = "native"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimMIM:
+    """Masked-image pre-training (Xie et al., 2022); only with task simmim, which also changes other defaults, see
+    `config_load.TASK_DEFAULTS`."""
+
+    mask_ratio: float = 0.6
+    """Share of the cells of an image that are hidden; rounded up to whole cells."""
+    mask_patch_size: int = 32
+    """Side of a cell in pixels; a multiple of the decoder's stride, patch x 2^(stages - 1)."""
+    norm_target: int | None = None
+    """Standardise the pixels to draw by their neighbourhood of so many pixels, odd (47 in the V2 recipe)."""
+    picture_every_steps: int | None = 1000
+    """Steps between pictures of reconstructions; null: only at the end."""
+    pictures: int = 8
+    """Images on a picture: the first of data.val, or of data.train where there is none; 0: no pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,24 +248,80 @@ class EngineConfig:
     """CPU threads per rank; unset: cores / ranks on this machine."""
     timeout_s: float = 600.0
     """Seconds after which a collective is given up."""
+    hang_timeout_s: float = 240.0
+    """Seconds without progress after which a rank may count as hung: at least these, and five times longer than the
+    section it is in ever took. Its stacks are kept below ``crash/``, and the run ends with code 6; 0: nobody watches.
+    Before a section is known, 0.9 x timeout_s; 3 x timeout_s for loading, saving and evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
     every_steps: int | None = None
-    every_minutes: float | None = 30.0
+    every_minutes: float | Literal["auto"] | None = "auto"
+    """Also after so many minutes. `auto`: by Young and Daly, from what a save of this run stalls it for and how often
+    the run fails (`swin_scale.interval`): 5 minutes to 2 hours, the first one after 5 minutes."""
     keep: int = 3
     """Newest checkpoints to keep, at least 2."""
     keep_every_hours: float | None = None
     """Also keep, for good, the first one past every multiple of this many hours of training (restarts add up)."""
+    keep_best: int = 0
+    """Also keep so many with the best evaluations: highest top-1, or lowest loss where there are no labels; the better
+    one of weights and moving average counts. A step that is among them when it is evaluated is saved."""
+    mode: Literal["async", "sync"] = "async"
+    """`async`: a step waits for a copy of the state in memory, which a process beside each rank writes. That takes as
+    much host memory as the rank's file; where there is not so much, the run says so and saves as with `sync`: the step
+    waits for the disk."""
+    wait_s: float = 30.0
+    """A save that falls due while the one before is being written waits for it so long, and is left out then."""
+    write_timeout_s: float = 1800.0
+    """A save that is not on the disk after so long has failed; also what the last one, and that of a run that is asked
+    to end, may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """The loss guard (`engine/guard.py`): on a loss or gradient norm that is not finite, or a spike, the run goes back
+    to its newest checkpoint and leaves out the samples that caused it."""
+
+    enabled: bool = True
+    loss_factor: float = 2.0
+    """A loss is a spike if above so many times the median of the window, and also by `deviations` and by half of the
+    loss the run began with; 0 looks for no spikes of the loss."""
+    norm_factor: float = 20.0
+    """The same for the norm of the gradient before clipping, which varies far more in a healthy run."""
+    deviations: float = 10.0
+    """Robust standard deviations (1.4826 x the median absolute deviation) above the median, the least of a spike."""
+    window: int = 128
+    """Accepted steps that the medians are taken over."""
+    warmup: int = 32
+    """Accepted steps before any can be a spike."""
+    max_rollbacks: int = 8
+    """Times a run may go back within `budget_steps`; then it ends with exit code 5."""
+    budget_steps: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What a run watches in its ranks: who is slow (`engine/stragglers.py`), whose copies of the weights differ
+    (`engine/replicas.py`)."""
+
+    stragglers_every: int = 100
+    """Steps between comparisons of the ranks' seconds by section and host; 0: never."""
+    replicas_every: int = 1000
+    """Steps between comparisons of what several ranks hold alike, bit for bit, which also come before every checkpoint;
+    0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
     weights: str | None = None
     """Start from these weights (any checkpoint `convert` reads); a resumed run ignores it."""
-    head: Literal["auto", "keep", "zero", "map22kto1k"] = "auto"
-    """What to do with the classifier of `weights`; `auto`: keep if equal, map 21841 to 1000, else zero."""
+    ema: bool = False
+    """Take the moving average of `weights` instead of the trained ones."""
+    head: Literal["auto", "keep", "zero", "trunc_normal", "map22kto1k"] = "auto"
+    """What the classifier starts from. `keep`: that of `weights`, of as many classes; `map22kto1k`: its rows of the
+    1,000 classes among 21,841; `zero`; `trunc_normal`: anew, as the model's own layers do (std 0.02, zero biases).
+    `auto`: keep an equal one, map 21,841 to 1,000, zero for other classes, anew where `weights` have none (SimMIM)."""
     upcycle: bool = False
     """`weights` are of the dense model: each expert starts as a copy of its MLP (Komatsuzaki et al., 2023)."""
 
@@ -252,16 +329,20 @@ class Init:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     run: Run
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "simmim"] = "classify"
+    """`simmim` needs no labels. What differs between the tasks is in `swin_scale.tasks`."""
     data: Data
     augment: Augment = field(default_factory=Augment)
     model: Model
     moe: MoE = field(default_factory=MoE)
+    simmim: SimMIM = field(default_factory=SimMIM)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    guard: Guard = field(default_factory=Guard)
+    health: Health = field(default_factory=Health)
     init: Init = field(default_factory=Init)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swin_scale.config import Config, MoE
+from swin_scale.config import Config, MoE, SimMIM
 from swin_scale.errors import UserError
 
 
@@ -21,14 +21,18 @@ def validate(config: Config) -> None:
         "optim.layer_decay": config.optim.layer_decay,
         "optim.eps": config.optim.eps,
         "moe.ep_size": config.moe.ep_size,
+        "checkpoint.write_timeout_s": config.checkpoint.write_timeout_s,
+        "guard.deviations": config.guard.deviations,
+        "guard.budget_steps": config.guard.budget_steps,
     }
+    minutes = config.checkpoint.every_minutes
     optional = {
         "train.micro_batch": None if config.train.micro_batch == "auto" else config.train.micro_batch,
         "train.max_steps": config.train.max_steps,
         "train.eval_batch": config.train.eval_batch,
         "schedule.total_steps": config.schedule.total_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.every_minutes": config.checkpoint.every_minutes,
+        "checkpoint.every_minutes": None if minutes == "auto" else minutes,
         "checkpoint.keep_every_hours": config.checkpoint.keep_every_hours,
         "engine.threads": config.engine.threads,
         "optim.lr": config.optim.lr,
@@ -38,6 +42,8 @@ def validate(config: Config) -> None:
         "moe.cosine_dim": config.moe.cosine_dim,
         "moe.cosine_init_t": config.moe.cosine_init_t,
         "moe.a2a_chunks": config.moe.a2a_chunks,
+        "simmim.mask_patch_size": config.simmim.mask_patch_size,
+        "simmim.picture_every_steps": config.simmim.picture_every_steps,
     }
     for key, value in {**positive, **{k: v for k, v in optional.items() if v is not None}}.items():
         if not value > 0:
@@ -55,6 +61,13 @@ def validate(config: Config) -> None:
         "moe.gate_noise": config.moe.gate_noise or 0.0,
         "moe.aux_weight": config.moe.aux_weight or 0.0,
         "moe.z_weight": config.moe.z_weight or 0.0,
+        "simmim.pictures": config.simmim.pictures,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "checkpoint.wait_s": config.checkpoint.wait_s,
+        "engine.hang_timeout_s": config.engine.hang_timeout_s,
+        "guard.max_rollbacks": config.guard.max_rollbacks,
+        "health.stragglers_every": config.health.stragglers_every,
+        "health.replicas_every": config.health.replicas_every,
     }
     for key, value in not_negative.items():
         if not value >= 0:
@@ -90,6 +103,11 @@ def validate(config: Config) -> None:
         raise UserError(
             f"checkpoint.keep is {config.checkpoint.keep}; keep at least 2, so that a damaged one does not lose the run"
         )
+    if config.checkpoint.keep_best and not config.data.val:
+        raise UserError(
+            f"checkpoint.keep_best is {config.checkpoint.keep_best}, and data.val is empty; name shards to evaluate "
+            "on, or leave it out"
+        )
     if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
         raise UserError(
             f"engine.zero_stage is 0, which trains in fp32 only, and engine.precision is {config.engine.precision}; "
@@ -107,6 +125,23 @@ def validate(config: Config) -> None:
     if config.schedule.name == "multistep" and not config.schedule.multisteps:
         raise UserError("schedule.multisteps is empty; list the epochs at which a multistep schedule decays")
     _validate_moe(config)
+    _validate_task(config)
+    _validate_guard(config)
+
+
+def _validate_guard(config: Config) -> None:
+    guard = config.guard
+    for key in ("loss_factor", "norm_factor"):
+        value = getattr(guard, key)
+        if value != 0 and not value > 1:
+            raise UserError(f"guard.{key} is {value}; it must be above 1, or 0 to look for no spikes")
+    if not 4 <= guard.warmup <= guard.window <= 4096:
+        raise UserError(
+            f"guard.warmup is {guard.warmup} and guard.window {guard.window}; they must rise from 4 to 4096, since a "
+            "median of fewer steps says nothing"
+        )
+    if any(sample < 0 for sample in config.data.exclude):
+        raise UserError(f"data.exclude holds {min(config.data.exclude)}; sample ids are rows of the index, from 0")
 
 
 def _validate_optimizer(config: Config) -> None:
@@ -149,6 +184,42 @@ def _validate_moe(config: Config) -> None:
             "moe.aux_scope is global, but moe.backend tutel balances each rank by itself; set moe.aux_scope=rank, or "
             "moe.backend=native"
         )
+
+
+def _validate_task(config: Config) -> None:
+    """What belongs to one task alone, and the values of simmim; its task judges what depends on the model's name."""
+    simmim, defaults = config.simmim, SimMIM()
+    if config.task != "simmim":
+        given = [name for name in vars(defaults) if getattr(simmim, name) != getattr(defaults, name)]
+        if given:
+            raise UserError(
+                f"simmim.{given[0]} is {getattr(simmim, given[0])!r}, but task is {config.task}; leave it out, or set "
+                "task=simmim"
+            )
+        return
+    pointless = {
+        "augment.mixup": config.augment.mixup,
+        "augment.cutmix": config.augment.cutmix,
+        "optim.label_smoothing": config.optim.label_smoothing,
+        "model.num_classes": config.model.num_classes,
+    }
+    for key, value in pointless.items():
+        if value:
+            raise UserError(f"{key} is {value}, but task simmim uses no labels; leave it out, or set task=classify")
+    if config.augment.reprob:
+        raise UserError(
+            f"augment.reprob is {config.augment.reprob}, but what is erased task simmim would learn to draw; leave it "
+            "out, or set augment.reprob=0"
+        )
+    if not 0 < simmim.mask_ratio < 1:
+        raise UserError(f"simmim.mask_ratio is {simmim.mask_ratio}; it must lie between 0 and 1 (0.6 in the recipes)")
+    if simmim.norm_target is not None and (simmim.norm_target < 3 or not simmim.norm_target % 2):
+        raise UserError(
+            f"simmim.norm_target is {simmim.norm_target}; it must be an odd number of pixels from 3 on (47 in the "
+            "recipes), or null"
+        )
+    if config.moe.backend == "tutel":
+        raise UserError("moe.backend is tutel, which task simmim cannot build yet; set moe.backend=native")
 
 
 def check_experts(config: Config, experts: int | None) -> None:

@@ -1,4 +1,4 @@
-"""From YAML files and ``a.b=c`` overrides to a `Config`, with the origin of every value; and the diff at resume.
+"""From YAML files and ``a.b=c`` overrides to a `Config`, with the origin of every value.
 
 Order of data: `base:` chain of files -> the file -> overrides -> typed dataclasses -> `validate`.
 """
@@ -15,12 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from swin_scale.config import ADAMW, Config
+from swin_scale.config import Config
 from swin_scale.config_check import validate
 from swin_scale.errors import UserError
 from swin_scale.strict_yaml import parse_yaml
 
 MAX_BASE_DEPTH = 16
+STAGES = "stages"
+"""Top-level key of a run in stages, which `staged` reads."""
+TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "classify": {},
+    "simmim": {
+        "augment.crop": "resized",
+        "augment.crop_scale": (0.67, 1.0),
+        "augment.interpolation": "bilinear",
+        "augment.auto_augment": "none",
+        "augment.color_jitter": 0.0,
+        "augment.reprob": 0.0,
+        "augment.mixup": 0.0,
+        "augment.cutmix": 0.0,
+        "optim.label_smoothing": 0.0,
+    },
+}
+"""Defaults that follow the task, over those of the dataclasses: the official transform of SimMIM, nothing of labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +47,11 @@ class LoadedConfig:
     config: Config
     origin: Mapping[str, str]
 
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """All that is to be run; a run in stages has several."""
+        return (self.config,)
+
     def dump(self) -> str:
         """YAML text of the resolved config, each line annotated with its origin."""
         return dump_config(self.config, self.origin)
@@ -37,24 +59,57 @@ class LoadedConfig:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read `path` (and what its ``base:`` names), apply ``a.b=c`` overrides, check; raises UserError."""
-    values, origin = _read_tree(Path(path), ())
+    values, origin = read_tree(path)
+    if STAGES in values:
+        raise UserError(f"{path} has {STAGES}, and one config is wanted here; name a recipe of one of them")
+    apply_overrides(values, origin, overrides)
+    return config_from_values(values, origin)
+
+
+def read_tree(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The nested values of `path` over those of its ``base:``, and the origin of each leaf; raises UserError."""
+    return _read_tree(Path(path), ())
+
+
+def apply_overrides(values: dict[str, Any], origin: dict[str, str], overrides: Sequence[str]) -> None:
+    """Put ``a.b=c`` over `values`, in place; raises UserError."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        _set(values, key, parse_yaml(text, f"override {key}"), f"override {override!r}")
-        _forget_below(origin, key)
-        origin[key] = "command line"
-    return config_from_values(values, origin)
+        where = f"override {override!r}"
+        set_leaf(values, origin, key, parse_yaml(text, f"override {key}"), "command line", where=where)
+
+
+def set_leaf(
+    values: dict[str, Any], origin: dict[str, str], key: str, value: Any, label: str, *, where: str = ""
+) -> None:
+    """Set the dotted `key`, in place; `label` is its origin, `where` what errors name, if that is another."""
+    _set(values, key, value, where or label)
+    _forget_below(origin, key)
+    origin[key] = label
 
 
 def config_from_values(values: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> LoadedConfig:
     """Build and validate a Config from nested plain values."""
-    config = _build(Config, values, "")
-    validate(config)
     given = dict(origin or {})
+    config = _build(Config, _with_task_defaults(values, given), "")
+    validate(config)
     complete = {key: _origin_of(key, given) for key, _ in flatten(config)}
     return LoadedConfig(config=config, origin=complete)
+
+
+def _with_task_defaults(values: Mapping[str, Any], origin: dict[str, str]) -> dict[str, Any]:
+    """`values` with the defaults of their task where they leave keys unset; adds to `origin`."""
+    task = values.get("task")
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for key, value in TASK_DEFAULTS.get(task, {}).items() if isinstance(task, str) else ():
+        section, _, name = key.partition(".")
+        keys = merged.setdefault(section, {})
+        if isinstance(keys, dict) and name not in keys:
+            keys[name] = value
+            origin[key] = f"task {task}"
+    return merged
 
 
 def config_from_text(text: str, where: str) -> Config:
@@ -84,17 +139,18 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict
         if not isinstance(base, str):
             raise UserError(f"{path}: base is {base!r}; name one file, relative to this one")
         values, origin = _read_tree(path.parent / base, (*seen, path))
-    for key, value in _leaves(tree):
-        _set(values, key, value, str(path))
-        _forget_below(origin, key)
-        origin[key] = path.name
+        if STAGES in values:
+            raise UserError(f"{path}: base {base} is a run in {STAGES}; name a plain config")
+    for key, value in leaves(tree):
+        set_leaf(values, origin, key, value, path.name, where=str(path))
     return values, origin
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a nested mapping as a YAML file gives it."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -216,7 +272,7 @@ def _did_you_mean(key: str) -> str:
     return f"; did you mean {' or '.join(near[:3])}?" if near else f"; the sections are {', '.join(sections)}"
 
 
-# -- text and diff -----------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------------------------
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -238,14 +294,15 @@ def dump_config(config: Config, origin: Mapping[str, str] | None = None) -> str:
         if head != section and head:
             lines.append(f"{head}:")
         section = head
-        line = f"{'  ' if head else ''}{name}: {_scalar(value)}"
+        line = f"{'  ' if head else ''}{name}: {scalar(value)}"
         lines.append(f"{line:<60}  # {origin[key]}" if origin else line)
     return "\n".join(lines) + "\n"
 
 
-def _scalar(value: Any) -> str:
+def scalar(value: Any) -> str:
+    """`value` as YAML."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(_scalar(item) for item in value) + "]"
+        return "[" + ", ".join(scalar(item) for item in value) + "]"
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -256,96 +313,3 @@ def _scalar(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-
-
-SAFE = (
-    "run.dir",
-    "data.val",
-    "data.workers",
-    "data.prefetch",
-    "data.max_bad_rate",
-    "train.micro_batch",
-    "train.max_steps",
-    "train.eval_every_epochs",
-    "train.eval_batch",
-    "train.log_every",
-    "train.tensorboard",
-    "train.max_skips",
-    "engine.zero_stage",
-    "engine.offload",
-    "engine.activation_checkpointing",
-    "engine.kernels",
-    "engine.layer_norm",
-    "engine.bucket_mb",
-    "engine.threads",
-    "engine.timeout_s",
-    "moe.ep_size",
-    "moe.backend",
-    "moe.a2a_chunks",
-    "moe.eval_capacity_factor",
-    "moe.cosine_init_t",
-    "checkpoint.every_steps",
-    "checkpoint.every_minutes",
-    "checkpoint.keep",
-    "checkpoint.keep_every_hours",
-    "init.weights",
-    "init.head",
-    "init.upcycle",
-)
-"""Keys that may change at a resume without a flag: they leave samples, model and update rule as they were."""
-
-IMPOSSIBLE = (
-    "task",
-    "model.name",
-    "model.num_classes",
-    "model.embed_dim",
-    "model.depths",
-    "model.num_heads",
-    "model.mlp_ratio",
-    "model.in_chans",
-    "model.qkv_bias",
-    "model.ape",
-    "model.patch_norm",
-    "model.extra_norm_interval",
-    "model.mlp_fc2_bias",
-    "moe.experts",
-    "moe.router",
-    "moe.cosine_dim",
-    "moe.fc2_bias",
-    "optim.name",
-    # Steps are counted in global batches: another size would put the data cursor elsewhere.
-    "train.global_batch",
-)
-"""Keys whose change leaves the saved state without a meaning."""
-
-
-Grade = Literal["safe", "needs --allow-change", "impossible"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One key that differs from the checkpoint's config."""
-
-    key: str
-    before: Any
-    after: Any
-    grade: Grade
-
-    def __str__(self) -> str:
-        return f"{self.key}: {_scalar(self.before)} -> {_scalar(self.after)} ({self.grade})"
-
-
-def diff_configs(before: Config, after: Config) -> list[Change]:
-    """Every difference between a checkpoint's config and the one about to resume from it, graded."""
-    old = dict(flatten(before))
-    changes = []
-    for key, value in flatten(after):
-        if old[key] != value:
-            changes.append(Change(key=key, before=old[key], after=value, grade=_grade(key, old[key], value)))
-    return changes
-
-
-def _grade(key: str, before: Any, after: Any) -> Grade:
-    if key in SAFE or (key == "optim.name" and before in ADAMW and after in ADAMW):
-        return "safe"
-    return "impossible" if key in IMPOSSIBLE else "needs --allow-change"

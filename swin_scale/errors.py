@@ -35,10 +35,16 @@ class DivergedError(SwinScaleError):
 
 
 class PeerLostError(SwinScaleError):
-    """Another rank died or hung; the job should be started again."""
+    """Another rank died or hung, or this one's GPU failed; the job should be started again."""
 
     exit_code = 6
 
 
 EXIT_PREEMPTED = 75
 """Preempted and saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
+
+
+class PreemptedError(SwinScaleError):
+    """The run ends because it was asked to, with its state saved; the same command goes on from there."""
+
+    exit_code = EXIT_PREEMPTED

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from swin_scale.config import Augment
 from swin_scale.convert import model_from_weights
 from swin_scale.data import EvalStream, finish
 from swin_scale.engine.dist import Dist, init
 from swin_scale.engine.kernel_choice import describe_kernels
 from swin_scale.engine.layout import Layout
 from swin_scale.engine.losses import accuracy_counts
-from swin_scale.errors import DataError
+from swin_scale.engine.preempt import Attend
+from swin_scale.errors import DataError, UserError
 from swin_scale.shards import ShardSet
 
 logger = logging.getLogger(__name__)
@@ -25,9 +25,15 @@ COUNTS = ("samples", "top1", "top5", "loss")
 
 
 def evaluate(
-    module: nn.Module, streams: Sequence[EvalStream], dist: Dist, *, dtype: torch.dtype, workers: int
+    module: nn.Module,
+    streams: Sequence[EvalStream],
+    dist: Dist,
+    *,
+    dtype: torch.dtype,
+    workers: int,
+    attend: Attend = iter,
 ) -> dict[str, Any]:
-    """Evaluate over all streams; every rank gets the same figures.
+    """Evaluate over all streams; every rank gets the same figures. `attend`: see there.
 
     Returns ``top1`` and ``top5`` in percent, mean cross-entropy ``loss``, counted ``samples`` and ``unusable`` ones.
     """
@@ -35,7 +41,7 @@ def evaluate(
     unusable = 0
     for stream in streams:
         with stream.batches(rank=dist.rank, world=dist.world, workers=workers) as batches:
-            for batch in batches:
+            for batch in attend(batches):
                 images = finish(batch.images.to(dist.device, non_blocking=True), dtype=dtype)
                 output = module(images)
                 # A model with experts returns their auxiliary loss as well.
@@ -65,13 +71,18 @@ def evaluate_weights(
     model: str | None = None,
     kind: str = "master",
     img_size: int | None = None,
-    crop: bool = True,
+    crop: bool | None = None,
     batch: int = 64,
     workers: int = 2,
 ) -> dict[str, Any]:
-    """Evaluate a weight file or checkpoint on one process, on a GPU where there is one."""
+    """Evaluate a weight file or checkpoint on one process, on a GPU where there is one.
+
+    `crop`: whether to crop the centre or squash images to the size; None: as the run of the weights did.
+    """
     overrides = {} if img_size is None else {"img_size": img_size}
     network, info = model_from_weights(weights, model=model, kind=kind, **overrides)
+    if not network.variant.num_classes:
+        raise UserError(f"{weights} has no classifier, such as an encoder of task simmim; add --probe to make one")
     sources = [ShardSet.open(path) for path in data]
     for source in sources:
         theirs = source.manifest.wnids or source.manifest.classes
@@ -82,7 +93,7 @@ def evaluate_weights(
                 f"({ours[0]} ...); labels would not mean the same"
             )
     streams = [
-        EvalStream(source, global_batch=batch, img_size=network.variant.img_size, augment=Augment(eval_crop=crop))
+        EvalStream(source, global_batch=batch, img_size=network.variant.img_size, augment=info.fixed_view(crop))
         for source in sources
     ]
     with init(Layout(), timeout_s=60) as dist, torch.no_grad(), network.frozen_position_bias():

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -147,14 +147,19 @@ def finite(value: Any) -> Any:
     return value
 
 
-def iter_jsonl(path: Path) -> Iterator[Row]:
-    """The JSON objects of a file, in order; a missing file is empty. Torn lines, which kills leave, are skipped."""
+def iter_jsonl(path: Path, *, wanted: Callable[[bytes], bool] | None = None) -> Iterator[Row]:
+    """The JSON objects of a file, in order; a missing file is empty. Torn lines, which kills leave, are skipped.
+
+    `wanted`: which lines to parse at all, for files of millions; None: all.
+    """
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below, once the last line is read
     except FileNotFoundError:
         return
     with file:
         for line in file:
+            if wanted is not None and not wanted(line):
+                continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):

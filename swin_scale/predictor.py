@@ -49,7 +49,7 @@ def predict(
         classes: display names; default: the names stored with the weights, else the numbers.
     """
     if isinstance(model, Swin):
-        predictor = _predictor(model, tuple(classes))
+        predictor = _predictor(model, tuple(classes), Augment())
     else:
         predictor = load_predictor(model, classes=classes)
     several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
@@ -62,12 +62,20 @@ def load_predictor(
     model: str | None = None,
     kind: str = "master",
     img_size: int | None = None,
+    crop: bool | None = None,
     classes: Sequence[str] = (),
 ) -> Callable[..., list[Guess]]:
-    """Load weights once; the result is called as ``predictor(image, topk=5)``."""
+    """Load weights once; the result is called as ``predictor(image, topk=5)``.
+
+    `crop`: whether to crop the centre or squash images to the size; None: as the run of the weights did.
+    """
     overrides = {} if img_size is None else {"img_size": img_size}
     network, info = model_from_weights(weights, model=model, kind=kind, **overrides)
-    return _predictor(network, tuple(classes) or class_names(info))
+    if not network.variant.num_classes:
+        raise UserError(
+            f"{weights} has no classifier, such as an encoder of task simmim; fine-tune it with labels first"
+        )
+    return _predictor(network, tuple(classes) or class_names(info), info.fixed_view(crop))
 
 
 def class_names(info: ModelInfo) -> tuple[str, ...]:
@@ -75,13 +83,13 @@ def class_names(info: ModelInfo) -> tuple[str, ...]:
     return tuple(info.classes or ())
 
 
-def _predictor(network: Swin, classes: tuple[str, ...]) -> Callable[..., list[Guess]]:
+def _predictor(network: Swin, classes: tuple[str, ...], augment: Augment) -> Callable[..., list[Guess]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
     dtype = network.patch_embed.proj.weight.dtype
     choice = describe_kernels(network.variant.kernels, network.variant, device, dtype)
     logger.info("kernels: %s", choice.text)
-    transform = EvalTransform.create(Augment(), network.variant.img_size)
+    transform = EvalTransform.create(augment, network.variant.img_size)
     count = network.variant.num_classes
     if classes and len(classes) != count:
         raise UserError(f"there are {len(classes)} class names for a model of {count} classes")

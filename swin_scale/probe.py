@@ -8,13 +8,12 @@ The model is never trained, and its own head, if it has one, is not used; classe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_scale.config import Augment
 from swin_scale.convert import model_from_weights
 from swin_scale.data import EvalStream, finish, open_shard_sets
 from swin_scale.engine.losses import accuracy_counts
@@ -22,7 +21,6 @@ from swin_scale.errors import DataError, UserError
 from swin_scale.models.swin import Swin
 
 Method = Literal["knn", "linear", "few-shot"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """Of the weighted vote in Wu et al., arXiv 1805.01978, section 3.4."""
@@ -44,7 +42,7 @@ def probe(
     model: str | None = None,
     kind: str = "master",
     img_size: int | None = None,
-    crop: bool = True,
+    crop: bool | None = None,
     batch: int = 64,
     workers: int = 2,
 ) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def probe(
         weights, model, kind: see `convert.model_from_weights`.
         train, val: shard directories with the same classes.
         shots: images of each class, the first in stored order, that `few-shot` learns from.
-        img_size, crop, batch, workers: of the evaluation stream.
+        img_size, crop, batch, workers: of the evaluation stream; see `evaluate_weights`.
 
     Raises UserError for a Swin-MLP or a class with fewer than `shots` usable images, DataError for classes that differ.
     """
@@ -70,7 +68,7 @@ def probe(
 
     def of(sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
         streams = [
-            EvalStream(source, global_batch=batch, img_size=network.variant.img_size, augment=Augment(eval_crop=crop))
+            EvalStream(source, global_batch=batch, img_size=network.variant.img_size, augment=info.fixed_view(crop))
             for source in sources
         ]
         return features(network, streams, workers=workers)

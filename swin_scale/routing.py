@@ -52,7 +52,10 @@ def inspect_routing(
     network, info = model_from_weights(weights, model=model, kind=kind)
     if not network.is_moe:
         raise UserError(f"{weights} holds {info.name}, a dense model: it routes nothing; give weights of an MoE model")
-    made = survey(network, data, images=images, batch=batch, workers=workers, title=info.name, weights=weights)
+    made = survey(
+        network, data, images=images, batch=batch, workers=workers, title=info.name, weights=weights,
+        view=info.fixed_view(),
+    )  # fmt: skip
     target = Path(out or PAGE_NAME)
     try:
         # Class names may hold lone surrogates, which UTF-8 has no place for.
@@ -71,8 +74,12 @@ def survey(
     workers: int = 2,
     title: str = "model",
     weights: str = "",
+    view: Augment | None = None,
 ) -> Survey:
-    """Count over at most `images` images of `data`, on a GPU where there is one; `network` is left in evaluation."""
+    """Count over at most `images` images of `data`, on a GPU where there is one; `network` is left in evaluation.
+
+    `view`: how to look at images; default: cropped.
+    """
     if images < 1:
         raise UserError(f"images is {images}; look at 1 or more")
     sources = open_shard_sets(data, key="--data")
@@ -82,7 +89,7 @@ def survey(
     counts: dict[str, _Counts] = {}
     seen = unusable = 0
     for source in sources:
-        stream = EvalStream(source, global_batch=batch, img_size=network.variant.img_size, augment=Augment())
+        stream = EvalStream(source, global_batch=batch, img_size=network.variant.img_size, augment=view or Augment())
         with stream.batches(workers=workers) as batches:
             for part in batches:
                 # The last batch is cut to the number that is wanted; empty slots are no images.

@@ -1,11 +1,14 @@
-"""Shards of real digits for whole runs, and the table of injected faults at the end of a test run."""
+"""Shards of real digits for whole runs; what a test run says at its end: faults injected, figures proven, failures."""
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 FAULT = "fault"
+PROOF = "proof: "
+"""Begins the lines of a test's output that tell a figure; the end of a run shows those of the tests that passed."""
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +29,11 @@ def digits(tmp_path_factory):
     return root / "train", root / "val"
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that take minutes begin first, so that no core waits for one of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Carry a test's fault in its report, which is what xdist sends home."""
@@ -34,16 +42,54 @@ def pytest_runtest_setup(item):
         item.user_properties.append((FAULT, (number, what)))
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
+    """Skips by reason, faults injected, figures proven, and last, where an eye or a cut-off log finds them, failures in
+    a line each."""
+    reports = terminalreporter.stats
+    _section(terminalreporter, "skipped", _skips(reports.get("skipped", ())))
+    _section(terminalreporter, "injected faults", _faults(reports))
+    _section(terminalreporter, "proven", _figures(reports.get("passed", ())))
+    _section(terminalreporter, "failed", map(_failure, [*reports.get("failed", ()), *reports.get("error", ())]))
+
+
+def _section(terminalreporter, title: str, lines: Iterable[str]) -> None:
+    lines = list(lines)
+    if lines:
+        terminalreporter.section(title)
+    for line in lines:
+        terminalreporter.line(line)
+
+
+def _skips(reports) -> Iterator[str]:
+    """One line per reason, with how many tests it kept from running."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    yield from (f"{count:>4}  {reason}" for reason, count in sorted(reasons.items()))
+
+
+def _faults(reports) -> Iterator[str]:
     """One line per injected fault: its number, what was injected, and how its tests ended."""
     outcomes: dict[tuple[int, str], Counter[str]] = {}
     for outcome in ("passed", "failed", "skipped"):
-        for report in terminalreporter.stats.get(outcome, ()):
+        for report in reports.get(outcome, ()):
             for key, value in report.user_properties:
                 if key == FAULT:
                     outcomes.setdefault(tuple(value), Counter())[outcome] += 1
-    if outcomes:
-        terminalreporter.section("injected faults")
     for (number, what), counts in sorted(outcomes.items()):
         ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-        terminalreporter.line(f"fault {number:>2}  {what}: {ended}")
+        yield f"fault {number:>2}  {what}: {ended}"
+
+
+def _figures(reports) -> Iterator[str]:
+    """What passed tests printed of their figures, in the order of the files."""
+    for report in sorted(reports, key=lambda report: report.nodeid):
+        yield from (line for line in report.capstdout.splitlines() if line.startswith(PROOF))
+
+
+def _failure(report) -> str:
+    """A test, and the first and the last line of its error: a rank's own error ends what its parent raises."""
+    text = report.longreprtext.splitlines()
+    error = [line[1:].strip() for line in text if line.startswith("E ")] or text[-1:]
+    error = [line for line in error if line and not line.startswith("Use -v")]
+    ends = [line[:300] for line in (error[:1] + error[1:][-1:])]
+    return f"{report.nodeid}: {' ... '.join(ends)}"

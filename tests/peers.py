@@ -8,6 +8,7 @@ transforms and for timm; declaring them before a healthy torchvision loads would
 import sys
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 try:
     import torchvision
@@ -23,4 +24,13 @@ except RuntimeError as error:
 
 import timm
 
-__all__ = ["timm", "torchvision"]
+__all__ = ["Unfilled", "timm", "torchvision"]
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, modules are built without drawing the weights, for those that a strict load fills."""
+
+    _DRAWS = (torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func in self._DRAWS else func(*args, **(kwargs or {}))

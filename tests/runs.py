@@ -1,15 +1,11 @@
-"""Start real training runs through the command line, kill them, and read what they left."""
+"""Start real training runs through the command line, and read what they left; `kills` ends them before their time."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +14,6 @@ from swin_scale.log import read_events, read_metrics
 from tests import warm
 from tests.spawn import free_port, torchrun_environment
 
-SLOW_DISK = Path(__file__).parent / "slow_disk"
 NANO = {
     "augment.auto_augment": "none",
     "augment.mixup": 0.0,
@@ -69,10 +64,18 @@ def run(
     if cold:
         argv = command(run_dir, train, nproc=nproc, **options)
         return subprocess.run(argv, env=environment(fault), capture_output=True, text=True, timeout=timeout)
+    arguments, ranks = ranks_of(run_dir, train, nproc=nproc, fault=fault, **options)
+    return warm.run(arguments, ranks, program=program, timeout=timeout)
+
+
+def ranks_of(
+    run_dir: Path, train: Path, *, nproc: int = 2, fault: str = "", **options: object
+) -> tuple[list[str], list[dict[str, str]]]:
+    """What `warm` starts a run with: the arguments of the command, and the environment of each rank."""
     _, _, _, *arguments = command(run_dir, train, nproc=1, **options)
     port, env = free_port(), {**environment(fault), "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [{**env, **torchrun_environment(rank, nproc, port)} for rank in range(nproc)] if nproc > 1 else [env]
-    return warm.run(arguments, ranks, program=program, timeout=timeout)
+    return arguments, ranks
 
 
 def start(run_dir: Path, train: Path, *, fault: str = "", **options: object) -> subprocess.Popen[str]:
@@ -93,68 +96,6 @@ def run_nodes(run_dir: Path, train: Path, nodes: Sequence[int], *, fault: str = 
             variables.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local), GLOO_SOCKET_IFNAME="lo")
             ranks.append({**environment(fault), **variables})
     return warm.run(arguments, ranks).returncode
-
-
-def run_and_kill(run_dir: Path, train: Path, rng: random.Random, *, when: str, **options: object) -> bool:
-    """Start a run and kill -9 it; returns false when it ended by itself before.
-
-    `when`: "any" is a random moment some steps after it started, one process (rank, loader, launcher) or all of them;
-    "saving" is a random moment at which a checkpoint is half written, all processes.
-    """
-    slow_disk = {"PYTHONPATH": str(SLOW_DISK)} if when == "saving" else {}
-    with open(run_dir.parent / f"{run_dir.name}.log", "ab") as log:
-        process = subprocess.Popen(
-            command(run_dir, train, **options),
-            env={**environment(), **slow_disk},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    if not _wait_for_moment(process, run_dir, rng, when):
-        return False
-    everyone = [process.pid, *children(process.pid)]
-    for pid in everyone if when == "saving" or rng.random() < 0.5 else [rng.choice(everyone)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    code = process.wait(timeout=90)
-    # What the launcher's death leaves behind ends by itself; two generations must not write one run directory.
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in everyone):
-        assert time.monotonic() < deadline, "processes outlived the launcher"
-        time.sleep(0.01)
-    return code != 0
-
-
-def _wait_for_moment(process: subprocess.Popen, run_dir: Path, rng: random.Random, when: str) -> bool:
-    def half_written() -> bool:
-        return any((run_dir / "checkpoints").glob(".step_*.tmp/*"))
-
-    metrics = run_dir / "metrics.jsonl"
-    before = metrics.stat().st_size if metrics.exists() else 0
-    # About 350 bytes a row: 5 to 100 steps from where the run starts again.
-    target = before + 350 * rng.randint(5, 100)
-    deadline = time.monotonic() + 90
-    while process.poll() is None:
-        assert time.monotonic() < deadline, "the run neither ended nor came to its moment"
-        if when == "saving" and half_written():
-            time.sleep(rng.uniform(0, 0.25))
-            if half_written():
-                return True
-        if when == "any" and metrics.exists() and metrics.stat().st_size > target:
-            time.sleep(rng.uniform(0, 0.3))
-            return process.poll() is None
-        time.sleep(0.005)
-    return False
-
-
-def children(pid: int) -> list[int]:
-    """Training processes below `pid`, at any depth."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found += [child, *children(child)]
-    return found
 
 
 def trajectory(run_dir: Path) -> list[tuple[int, float, float, str]]:

@@ -17,10 +17,12 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "deepspeed", "swin_scale.evaluate", "swin_scale.engine.construct",
-     "swin_scale.engine.record", "swin_scale.engine.saving", "swin_scale.report", "tests.engine.test_engine"]
+    ["torch", "torch.distributed", "torch._dynamo", "deepspeed", "setuptools", "numpy.ma", "swin_scale.evaluate",
+     "swin_scale.engine.construct", "swin_scale.engine.record", "swin_scale.engine.saving", "swin_scale.report",
+     "swin_scale.cli", "swin_scale.doctor", "swin_scale.feed", "swin_scale.saver", "swin_scale.staged",
+     "tests.engine.test_engine", "tests.frozen"]
 )  # fmt: skip
-"""Not `swin_scale.train`: tests inject their faults when it is imported."""
+"""What ranks import (setuptools for DeepSpeed), but not `swin_scale.train`: tests inject faults as it is imported."""
 
 
 def free_port() -> int:

@@ -6,13 +6,11 @@ import random
 import pytest
 
 from swin_scale.config import batch_plan, learning_rate_scale
+from swin_scale.config_diff import IMPOSSIBLE, SAFE, diff_configs
 from swin_scale.config_load import (
-    IMPOSSIBLE,
-    SAFE,
     all_keys,
     config_from_text,
     config_from_values,
-    diff_configs,
     dump_config,
     flatten,
     load_config,
@@ -222,14 +220,19 @@ def test_lr_per_512_scales_with_the_global_batch():
     assert learning_rate_scale(build(optim={"lr": None, "lr_per_512": 5e-4}, train={"global_batch": 1024})) == 2.0
 
 
+@pytest.mark.fault(25, "learning rate, batch, width and window changed: graded")
 def test_diff_is_typed_and_graded():
     before = build()
-    after = build(train={"max_steps": 5}, optim={"lr": 2e-3}, model={"embed_dim": 64})
+    after = build(
+        train={"max_steps": 5, "global_batch": 128}, optim={"lr": 2e-3}, model={"embed_dim": 64, "window_size": 4}
+    )
     changes = {change.key: change for change in diff_configs(before, after)}
     assert {key: change.grade for key, change in changes.items()} == {
         "train.max_steps": "safe",
         "optim.lr": "needs --allow-change",
         "model.embed_dim": "impossible",
+        "model.window_size": "needs --allow-change",
+        "train.global_batch": "impossible",
     }
     assert str(changes["optim.lr"]) == "optim.lr: 0.001 -> 0.002 (needs --allow-change)"
     assert diff_configs(before, before) == []

@@ -9,9 +9,10 @@ from swin_scale.checkpoint import Checkpoint, step_directory
 from swin_scale.errors import PeerLostError
 from tests import runs
 
-STEPS = 40
-CHAIN = ((1, 0, 8), (2, 1, 16), (4, 2, 24), (3, 3, 32), (1, 1, STEPS))
-"""(ranks, ZeRO stage, step at which it is stopped). 300 images in batches of 24: epochs end at 13, 26 and 39."""
+STEPS, FEW = 40, 20
+"""Of the claims, and of what `make test` sees of them. 300 images in batches of 24: epochs end at 13, 26 and 39."""
+LAYOUTS = ((1, 0), (2, 1), (4, 2), (3, 3), (1, 1))
+"""(ranks, ZeRO stage) that a run goes through, as long in each."""
 ELASTIC = {
     "augment__mixup": 0.8,
     "checkpoint__every_steps": "null",
@@ -44,54 +45,67 @@ def run(run_dir, digits, code=0, **settings):
     return result
 
 
+def chain(steps):
+    """(ranks, ZeRO stage, step at which it is stopped): each time in the middle of an epoch."""
+    return [(*layout, steps * (i + 1) // len(LAYOUTS)) for i, layout in enumerate(LAYOUTS)]
+
+
 @pytest.fixture(scope="module")
 def steady(digits, tmp_path_factory):
-    """40 steps on one process that nothing disturbed."""
-    run_dir = tmp_path_factory.mktemp("steady") / "run"
-    run(run_dir, digits, nproc=1, train__max_steps=STEPS)
-    return run_dir
+    """Runs on one process that nothing disturbed, by their steps."""
+    made = {}
+
+    def of(steps):
+        if steps not in made:
+            made[steps] = tmp_path_factory.mktemp("steady") / "run"
+            run(made[steps], digits, nproc=1, train__max_steps=steps)
+        return made[steps]
+
+    return of
 
 
 @pytest.mark.fault(8, "moved 1 -> 2 -> 4 -> 3 -> 1 ranks, ZeRO 0 -> 1 -> 2 -> 3 -> 1, mid-epoch")
 def test_a_run_moves_between_ranks_and_stages(digits, steady, tmp_path):
     run_dir = tmp_path / "run"
-    for ranks, stage, stop in CHAIN:
+    for ranks, stage, stop in chain(FEW):
         run(run_dir, digits, nproc=ranks, engine__zero_stage=stage, train__max_steps=stop)
-    assert_same_run(run_dir, steady)
+    assert_same_run(run_dir, steady(FEW), FEW)
 
 
-def assert_same_run(run_dir, steady):
-    """Equal sample ids; losses within 1e-5; parameters within 1e-5 after AdamW's 40 steps."""
+def assert_same_run(run_dir, steady, steps):
+    """Equal sample ids; losses within 1e-5; parameters within 1e-5 after AdamW's steps."""
     ours, theirs = runs.trajectory(run_dir), runs.trajectory(steady)
+    assert len(ours) == steps
     assert [(step, digest) for step, _, _, digest in ours] == [(step, digest) for step, _, _, digest in theirs]
     assert max(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=True)) < 1e-5
-    found = difference(checkpoint(run_dir), checkpoint(steady))
+    found = difference(checkpoint(run_dir, steps), checkpoint(steady, steps))
     assert found["master"] < 1e-5
     assert found["ema"] < 1e-5
 
 
 SAVES_AT_ONCE = """
 import sys
-from swin_scale import cli, train
+from swin_scale import cli, saver
 
-begin = train.Saver.__init__
+begin = saver.Saver.__init__
 
 def forget(self, *arguments):
     begin(self, *arguments)
     self.saved_step = -1
 
-train.Saver.__init__ = forget
+saver.Saver.__init__ = forget
 sys.exit(cli.main())
 """
 
 
 @pytest.mark.proof
+@pytest.mark.long
 @pytest.mark.fault(8, "handed over to every layout of the chain without a step: moments and averages bit for bit")
 def test_every_hand_over_is_exact(digits, steady, tmp_path):
     """A run that is asked for no further step, and made to save again: what it loaded, in files of its new layout."""
     run_dir = tmp_path / "run"
     previous = None
-    for ranks, stage, stop in CHAIN:
+    for ranks, stage, stop in chain(STEPS):
         settings = {"engine__zero_stage": stage, "nproc": ranks}
         if previous is not None:
             before = checkpoint(run_dir, previous)
@@ -103,7 +117,7 @@ def test_every_hand_over_is_exact(digits, steady, tmp_path):
             assert all(torch.equal(before[k][n], after[k][n]) for k in before for n in before[k])
         run(run_dir, digits, **settings, train__max_steps=stop)
         previous = stop
-    assert_same_run(run_dir, steady)
+    assert_same_run(run_dir, steady(STEPS), STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +125,14 @@ def noisy(digits, tmp_path_factory):
     """40 steps on two processes with drop-path, mixup, moving average and accumulation."""
     run_dir = tmp_path_factory.mktemp("noisy") / "run"
     run(run_dir, digits, **NOISY, train__max_steps=STEPS)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def half(digits, tmp_path_factory):
+    """The first 20 steps of `noisy`, to be copied."""
+    run_dir = tmp_path_factory.mktemp("half") / "run"
+    run(run_dir, digits, **NOISY, train__max_steps=20)
     return run_dir
 
 
@@ -125,49 +147,55 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", ["mid-epoch", *(pytest.param(p, marks=pytest.mark.proof) for p in list(PHASES)[1:])])
 @pytest.mark.fault(9, "stopped and started again at each phase, with moving average, mixup, drop-path, accumulation")
-def test_stopping_and_starting_again_changes_no_bit(digits, noisy, tmp_path, phase):
+def test_stopping_and_starting_again_changes_no_bit(digits, noisy, half, tmp_path, phase):
     stop, settings = PHASES[phase]
     run_dir = tmp_path / "run"
-    run(run_dir, digits, **NOISY, **settings, train__max_steps=stop)
+    if phase == "mid-epoch":
+        shutil.copytree(half, run_dir)
+    else:
+        run(run_dir, digits, **NOISY, **settings, train__max_steps=stop)
     run(run_dir, digits, **NOISY, **settings, train__max_steps=STEPS)
     assert runs.trajectory(run_dir) == runs.trajectory(noisy)
     assert same_files(run_dir, noisy)
 
 
 @pytest.mark.proof
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.fault(9, "stopped and started again at ZeRO 0, 2 and 3")
 def test_every_stage_starts_again_to_the_same_bits(digits, tmp_path, stage):
+    """As stage 1 does at each phase: stopped in the middle of an epoch, and over its end."""
     settings = {**NOISY, "engine__zero_stage": stage}
-    for name, stops in (("whole", (STEPS,)), ("parts", (20, STEPS))):
+    for name, stops in (("whole", (FEW,)), ("parts", (10, FEW))):
         for stop in stops:
             run(tmp_path / name, digits, **settings, train__max_steps=stop)
     assert runs.trajectory(tmp_path / "parts") == runs.trajectory(tmp_path / "whole")
-    assert same_files(tmp_path / "parts", tmp_path / "whole")
+    assert same_files(tmp_path / "parts", tmp_path / "whole", FEW)
 
 
 DIES_MID_STEP = """
 import os, signal, sys
-from swin_scale import cli, train
+from swin_scale import cli
+from swin_scale.tasks import Classify
 
-whole = train.micro_batches
+whole = Classify.micro_batches
 
-def dying(batch, *rest):
-    for i, micro_batch in enumerate(whole(batch, *rest)):
+def dying(task, batch, *rest, **options):
+    for i, micro_batch in enumerate(whole(task, batch, *rest, **options)):
         if batch.step == 24 and i == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         yield micro_batch
 
-train.micro_batches = dying
+Classify.micro_batches = dying
 sys.exit(cli.main())
 """
 
 
 @pytest.mark.fault(9, "killed in the middle of an accumulated step")
-def test_a_kill_between_micro_batches_changes_no_bit(digits, noisy, tmp_path):
+def test_a_kill_between_micro_batches_changes_no_bit(digits, noisy, half, tmp_path):
     """The step whose first micro-batch was done when the process died is done again from its start."""
     run_dir = tmp_path / "run"
-    run(run_dir, digits, **NOISY, train__max_steps=20)
+    shutil.copytree(half, run_dir)
     run(run_dir, digits, code=PeerLostError.exit_code, program=DIES_MID_STEP, **NOISY, train__max_steps=STEPS)
     assert runs.steps(run_dir) == [20]
     run(run_dir, digits, **NOISY, train__max_steps=STEPS)
@@ -175,16 +203,16 @@ def test_a_kill_between_micro_batches_changes_no_bit(digits, noisy, tmp_path):
     assert same_files(run_dir, noisy)
 
 
-def same_files(a, b):
+def same_files(a, b, steps=STEPS):
     """The last checkpoints hold the same bytes, rank by rank."""
-    ours, theirs = (sorted(step_directory(r / "checkpoints", STEPS).glob("rank*.safetensors")) for r in (a, b))
+    ours, theirs = (sorted(step_directory(r / "checkpoints", steps).glob("rank*.safetensors")) for r in (a, b))
     return len(ours) == len(theirs) > 0 and all(x.read_bytes() == y.read_bytes() for x, y in zip(ours, theirs))
 
 
 def test_a_rank_count_that_does_not_divide_names_the_nearest(digits, steady, tmp_path):
     run_dir = tmp_path / "run"
-    shutil.copytree(steady, run_dir)
-    refused = runs.run(run_dir, digits[0], **{**ELASTIC, "nproc": 5, "train__max_steps": STEPS + 1})
+    shutil.copytree(steady(FEW), run_dir)
+    refused = runs.run(run_dir, digits[0], **{**ELASTIC, "nproc": 5, "train__max_steps": FEW + 1})
     assert refused.returncode == 2
     assert "4" in refused.stderr
     assert "6" in refused.stderr

@@ -99,3 +99,16 @@ def test_probing_a_weight_file_through_the_verb(method, digits, tmp_path, capsys
 def test_probe_and_train_go_together(digits, tmp_path, capsys):
     assert main(["eval", "--weights", "x.safetensors", "--data", str(digits[1]), "--probe", "knn"]) == 2
     assert "--probe knn needs --train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "x"], "--train is for --probe; add it"),
+        (["--shots", "0"], "--shots is for --probe; add it"),
+        (["--probe", "linear", "--train", "x", "--shots", "5"], "--shots is for --probe few-shot; add it"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message, capsys):
+    assert main(["eval", "--weights", "x.safetensors", "--data", "x", *options]) == 2
+    assert message in capsys.readouterr().err

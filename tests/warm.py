@@ -26,6 +26,51 @@ GRACE_S = 10.0
 """The launcher's: what others have to end by themselves when one failed."""
 
 
+class Ranks:
+    """The forked processes of one run; the context ends what is left of them."""
+
+    def __init__(self, arguments: Sequence[str], ranks: Sequence[Mapping[str, str]], *, program: str = CLI) -> None:
+        """Start `program` once for each environment of `ranks`, with `arguments` as its ``sys.argv[1:]``."""
+        self._arguments = list(arguments)
+        self._directory = tempfile.TemporaryDirectory()
+        self._logs = [Path(self._directory.name) / str(rank) for rank in range(len(ranks))]
+        self._processes = [
+            CONTEXT.Process(target=_work, args=(program, self._arguments, dict(environment), str(log)))
+            for environment, log in zip(ranks, self._logs)
+        ]
+        for process in self._processes:
+            process.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids in rank order."""
+        return [process.pid for process in self._processes]
+
+    def wait(self, timeout: float, grace_s: float = GRACE_S) -> subprocess.CompletedProcess[str]:
+        """Wait for the end of all; see `run`. Once one failed, the others are killed `grace_s` seconds later."""
+        exits = _watch(self._processes, time.monotonic() + timeout, grace_s)
+        if len(exits) < len(self._processes):
+            raise subprocess.TimeoutExpired(self._arguments, timeout, stderr=_text(self._logs[0], "err"))
+        cause = first_cause(exits)
+        code = 0 if cause is None else cause.code
+        if code < 0 and len(exits) > 1:
+            code = PeerLostError.exit_code
+        others = _text(self._logs[cause.rank], "err") if cause and cause.rank else ""
+        output, error = _text(self._logs[0], "out"), _text(self._logs[0], "err") + others
+        return subprocess.CompletedProcess(self._arguments, code, output, error)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # should it lead no group yet
+            process.join()
+        self._directory.cleanup()
+
+
 def run(
     arguments: Sequence[str], ranks: Sequence[Mapping[str, str]], *, program: str = CLI, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
@@ -34,40 +79,19 @@ def run(
     The exit code is the one that the launcher would give (one process: its own, or minus the signal that killed it);
     ``stderr`` is rank 0's, and that of the rank whose failure was the first.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        logs = [Path(directory) / str(rank) for rank in range(len(ranks))]
-        processes = [
-            CONTEXT.Process(target=_work, args=(program, list(arguments), dict(environment), str(log)))
-            for environment, log in zip(ranks, logs)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            exits = _watch(processes, time.monotonic() + timeout)
-        finally:
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.join()
-        if len(exits) < len(processes):
-            raise subprocess.TimeoutExpired(list(arguments), timeout, stderr=_text(logs[0], "err"))
-        cause = first_cause(exits)
-        code = 0 if cause is None else cause.code
-        if code < 0 and len(ranks) > 1:
-            code = PeerLostError.exit_code
-        others = _text(logs[cause.rank], "err") if cause and cause.rank else ""
-        return subprocess.CompletedProcess(list(arguments), code, _text(logs[0], "out"), _text(logs[0], "err") + others)
+    with Ranks(arguments, ranks, program=program) as started:
+        return started.wait(timeout)
 
 
-def _watch(processes: Sequence, deadline: float) -> list[Exit]:
-    """Wait for all; once one failed, end the others after `GRACE_S`."""
+def _watch(processes: Sequence, deadline: float, grace_s: float) -> list[Exit]:
+    """Wait for all; once one failed, end the others after `grace_s`."""
     exits: list[Exit] = []
     asked = False
     while len(exits) < len(processes) and time.monotonic() < deadline:
         seen = {exit.rank for exit in exits}
         waiting = {process.sentinel: rank for rank, process in enumerate(processes) if rank not in seen}
         failed = any(exit.code for exit in exits)
-        ended = wait(list(waiting), timeout=min(GRACE_S if failed else 60, max(deadline - time.monotonic(), 0)))
+        ended = wait(list(waiting), timeout=min(grace_s if failed else 60, max(deadline - time.monotonic(), 0)))
         if not ended and failed:
             asked = True
             for rank in waiting.values():

@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from swin_scale.bench import zero_jobs
+from swin_scale.bench import checkpoint_async, zero_jobs
 from swin_scale.bench.result import Result, describe, fixed_threads
 from swin_scale.bench.timing import Comparison, compare
 from swin_scale.checkpoint import Checkpoint, Fragment, begin, commit, load_safetensors, step_directory, write_rank_file
@@ -38,7 +38,8 @@ SPEED_BAR, MEMORY_BAR = 3.0, 1 / 3
 """A conversion is to be at least so many times as fast as the peer's, and to need at most this part of its memory."""
 
 PARTS = ("save", "convert")
-"""Saving with loading what was saved, and converting; each takes a while."""
+"""Saving with loading what was saved, and converting; each takes a while. ``async`` is the third, when it is asked for.
+"""
 
 SAMPLE_S = 0.001
 _BYTES_ON_DISK = 40
@@ -63,7 +64,7 @@ def bench_checkpoint(
 
     Args:
         params: parameters of the model; a SwinV2 whose class count fills it up.
-        parts: of `PARTS`.
+        parts: of `PARTS`, or ``async``.
         rounds: ABBA rounds of each comparison; 20 give the 40 pairs that a claim on speed needs.
         ranks: processes that write the ZeRO checkpoint.
         zero_stage: 1, 2 or 3.
@@ -85,6 +86,8 @@ def bench_checkpoint(
         if "save" in parts:
             measured["save"], total = _saved(name, overrides, Path(work), rounds)
             measured["load"] = _loaded(Path(work), rounds, total)
+        if "async" in parts:
+            measured |= checkpoint_async.measure(_weights(name, overrides), Path(work), rounds)
         if "convert" in parts:
             measured["convert"] = _convert(
                 name, overrides, Path(work), rounds=rounds, ranks=ranks, stage=zero_stage, threads=threads
@@ -129,10 +132,7 @@ def parameters_of(name: str, overrides: Mapping[str, Any]) -> int:
 
 def _saved(name: str, overrides: dict[str, Any], work: Path, rounds: int) -> tuple[dict[str, Any], float]:
     """Timings of saving a model's weights in three ways, all left below `work`; and the sum that tells them."""
-    with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in create_model(name, **overrides).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {key: torch.empty(shape).normal_(generator=generator) for key, shape in shapes.items()}
+    tensors = _weights(name, overrides)
 
     def stock(path: Path, write: Callable[[dict[str, Tensor], Path], object]) -> None:
         write(tensors, path)
@@ -147,6 +147,14 @@ def _saved(name: str, overrides: dict[str, Any], work: Path, rounds: int) -> tup
     measured = compare(savers, rounds=rounds, control=_CONTROL)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return {"bytes": total, **measured.as_dict()}, _touch(tensors)
+
+
+def _weights(name: str, overrides: dict[str, Any]) -> dict[str, Tensor]:
+    """Random ones, fp32, by parameter name."""
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in create_model(name, **overrides).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    return {key: torch.empty(shape).normal_(generator=generator) for key, shape in shapes.items()}
 
 
 def _loaded(work: Path, rounds: int, expected: float) -> dict[str, Any]:
@@ -323,7 +331,7 @@ def table(figures: dict[str, Any]) -> str:
         f"{'':<9}{'candidate':<27}{'median s':>9}{'GB/s':>7}{'ours is':>9}  95 % interval",
     ]
     claims = []
-    for what in ("save", "load", "convert"):
+    for what in ("save", "load", "stall", "write", "convert"):
         if what not in figures:
             continue
         measured = figures[what]
@@ -334,6 +342,8 @@ def table(figures: dict[str, Any]) -> str:
             lines.append(line)
             if ratio:
                 lines[-1] += f"{ratio['median']:>8.2f}x  {ratio['lower']:.2f} to {ratio['upper']:.2f}"
+    for what in ("stall", "write"):
+        lines += _bars(figures[what]["bars"]) if what in figures else []
     if "convert" in figures:
         lines += _conversion(figures["convert"])
     if not all(claims):
@@ -353,7 +363,12 @@ def _conversion(convert: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"convert  equal bit for bit; ours needs {convert['memory_share']:.3f} of the peer's extra memory at most"
     )
-    for name, bar in convert["bars"].items():
+    return lines + _bars(convert["bars"])
+
+
+def _bars(bars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for name, bar in bars.items():
         limit = " ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in bar.items() if key != "reached")
         lines.append(f"bar      {name}: {limit}, {'reached' if bar['reached'] else 'NOT reached'}")
     return lines

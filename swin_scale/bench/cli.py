@@ -52,6 +52,14 @@ def add_parser(verbs: Any) -> None:
     kernels.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     kernels.add_argument("--out", metavar="FILE", help="write the result as JSON, and a picture of it beside as SVG")
     kernels.set_defaults(handler=_kernels)
+    tune = what.add_parser("tune", help="a table of tiles for window attention, measured on this GPU")
+    tune.add_argument("--shapes", nargs="+", metavar="SHAPE", default=(), help="as of bench kernels; default: all")
+    tune.add_argument("--batch", type=int, default=128, help="images; default: 128")
+    tune.add_argument("--dtypes", nargs="+", choices=("fp16", "bf16", "fp32"), default=("fp16", "bf16"))
+    tune.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    tune.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further kernel after this time")
+    tune.add_argument("--out", metavar="FILE", required=True, help="the table; SWIN_SCALE_TILES=FILE uses it")
+    tune.set_defaults(handler=_tune)
     train = what.add_parser("train", help="the engine's step on one process, on a batch that stays on the device")
     _arguments(train, name="swinv2_base_patch4_window12_192", batch=64)
     train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
@@ -61,6 +69,13 @@ def add_parser(verbs: Any) -> None:
     train.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     train.add_argument("--activation-checkpointing", choices=("off", "block", "selective"), default="off")
     train.set_defaults(handler=_train)
+    simmim = what.add_parser("simmim", help="a SimMIM step against the supervised step of the same encoder")
+    _arguments(simmim, name="swinv2_base_patch4_window12_192", batch=4)
+    simmim.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    simmim.add_argument("--rounds", type=int, default=20, help="ABBA rounds; each gives two pairs")
+    simmim.add_argument("--mask-patch-size", type=int, default=32, help="pixels of a cell that is hidden or seen")
+    simmim.add_argument("--norm-target", type=int, help="pixels of the neighbourhood that targets are standardised by")
+    simmim.set_defaults(handler=_simmim)
     data = what.add_parser("data", help="JPEG to training crop against Pillow: images per CPU-second")
     data.add_argument(
         "--images", metavar="DIR", help="photographs; default: those of the package foolbox, if installed"
@@ -70,8 +85,9 @@ def add_parser(verbs: Any) -> None:
     data.add_argument("--out", metavar="FILE", help="write the result as JSON")
     data.set_defaults(handler=_data)
     checkpoint = what.add_parser("checkpoint", help="save, load and convert against torch, safetensors and DeepSpeed")
-    checkpoint.add_argument("--part", nargs="+", choices=("save", "convert"), default=["save", "convert"],
-                            help="save: and load; default: both")  # fmt: skip
+    checkpoint.add_argument("--part", nargs="+", choices=("save", "convert", "async"), default=["save", "convert"],
+                            help="save: and load; async: the stall and the writing of a save in the background; "
+                            "default: save and convert")  # fmt: skip
     checkpoint.add_argument("--params", type=float, default=300e6, help="parameters of the model")
     checkpoint.add_argument("--rounds", type=int, default=5, help="ABBA rounds; each gives two pairs")
     checkpoint.add_argument("--ranks", type=int, default=2, help="processes that write the ZeRO checkpoint")
@@ -151,6 +167,22 @@ def _kernels(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.tune import bench_tune
+
+    print(
+        bench_tune(
+            arguments.shapes,
+            batch=arguments.batch,
+            dtypes=arguments.dtypes,
+            rounds=arguments.rounds,
+            budget=arguments.budget,
+            out=arguments.out,
+        )
+    )
+    return 0
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from swin_scale.bench.train import bench_train
 
@@ -165,6 +197,25 @@ def _train(arguments: argparse.Namespace) -> int:
             accumulation=arguments.accumulation,
             activation_checkpointing=arguments.activation_checkpointing,
             threads=arguments.threads,
+            device=arguments.device,
+            out=arguments.out,
+        )
+    )
+    return 0
+
+
+def _simmim(arguments: argparse.Namespace) -> int:
+    from swin_scale.bench.simmim import bench_simmim
+
+    print(
+        bench_simmim(
+            arguments.model,
+            batch=arguments.batch,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+            precision=arguments.precision,
+            mask_patch_size=arguments.mask_patch_size,
+            norm_target=arguments.norm_target,
             device=arguments.device,
             out=arguments.out,
         )

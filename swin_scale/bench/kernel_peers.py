@@ -99,7 +99,7 @@ def build(
     masked = partial(sdpa, shape, mask_of(shape, dtype, device))
     autocast = partial(torch.autocast, device.type, dtype)
     builders: dict[str, Callable[[], Region]] = {
-        "ours-atomic": lambda: _fused("ours-atomic", shape, dtype, device, False),
+        "ours-atomic": lambda: fused("ours-atomic", shape, dtype, device, False),
         "ours-chunked": lambda: _chunked("ours-chunked", shape),
         "official-amp": lambda: Region(
             name="official-amp",
@@ -121,7 +121,7 @@ def build(
     }
     missing: dict[str, str] = {}
     try:
-        found = [_fused("ours", shape, dtype, device, True)]
+        found = [fused("ours", shape, dtype, device)]
     except PeerMissing as reason:
         missing["ours-fused"] = str(reason)
         found = [_chunked("ours", shape)]
@@ -147,7 +147,8 @@ def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor | 
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-def _fused(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Region:
+def fused(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, deterministic: bool = True) -> Region:
+    """Ours by Triton kernels. Raises PeerMissing where none serves."""
     reason = why_not_triton(device, dtype, head_dim=shape.head_dim, tokens=shape.tokens)
     if reason is not None:
         raise PeerMissing(reason)

@@ -181,7 +181,7 @@ def tutel(sizes: Sizes) -> Layer:
 def deepspeed(sizes: Sizes, on_gpu: bool) -> Layer:
     """DeepSpeed's own layer around an ordinary MLP, tokens taken in their order."""
     try:
-        import_deepspeed(on_gpu, 0)
+        import_deepspeed(on_gpu)
     except UserError as error:
         raise PeerMissing(str(error)) from error
     code = importlib.import_module("deepspeed.moe.layer")

@@ -43,6 +43,7 @@ from swin_scale.engine.schedule import Schedule
 from swin_scale.errors import DivergedError, UserError
 from swin_scale.models import create_model, flops, variant
 from swin_scale.models.geometry import pair
+from swin_scale.tasks.classify import losses
 
 TIMEOUT_S = 600.0
 TRAIN_FLOPS = 6
@@ -128,7 +129,8 @@ def _engine(
     name: str, config: Config, plan: BatchPlan, dist: Dist, micro: MicroBatch, steps: int, warmup: int
 ) -> dict[str, Any]:
     model, values = build_model(config, dist, {})
-    engine = Engine(model, config, plan, Schedule.from_config(config, steps + warmup), dist, values)
+    schedule = Schedule.from_config(config, steps + warmup)
+    engine = Engine(model, config, plan, schedule, dist, values, losses=losses)
     results: list[StepResult] = []
 
     def step() -> None:
@@ -136,13 +138,13 @@ def _engine(
 
     seconds = _seconds(step, steps, warmup, dist.device)
     timed = results[warmup:]
-    losses = torch.stack([result.loss for result in timed]).tolist()
-    if not all(map(math.isfinite, losses)):
-        raise DivergedError(f"the loss of a timed step is not finite: {losses}; the figures would mean nothing")
+    values_seen = torch.stack([result.loss for result in timed]).tolist()
+    if not all(map(math.isfinite, values_seen)):
+        raise DivergedError(f"the loss of a timed step is not finite: {values_seen}; the figures would mean nothing")
     return {
         **_summary(seconds, dist.device),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "loss_first": values_seen[0],
+        "loss_last": values_seen[-1],
         "loss_scale": timed[-1].loss_scale,
         "skipped": sum(result.skipped for result in timed),
     }

@@ -57,7 +57,7 @@ def write(directory: str, name: str, overrides: dict[str, Any], stage: int, thre
     """One rank of a training job that takes one real step and saves with DeepSpeed's own `save_checkpoint`."""
     torch.set_num_threads(threads)
     layout = read_env(os.environ)
-    deepspeed = import_deepspeed(False, layout.local_rank)
+    deepspeed = import_deepspeed(False)
 
     def work() -> None:
         with init(layout, timeout_s=TIMEOUT_S, device="cpu"):
@@ -96,7 +96,7 @@ def convert_ours(source: str, destination: str, name: str, threads: int) -> Call
 def convert_theirs(source: str, destination: str, threads: int) -> Callable[[], None]:
     """`zero_to_fp32` to one safetensors file, synced."""
     torch.set_num_threads(threads)
-    import_deepspeed(False, 0)
+    import_deepspeed(False)
     peer = importlib.import_module("deepspeed.utils.zero_to_fp32")
 
     def work() -> None:

@@ -26,8 +26,9 @@ from swin_scale.checkpoint.manifest import (
     file_size,
     read_small,
 )
-from swin_scale.checkpoint.tensorfile import CHUNK_BYTES, DTYPES, hash_file, read_range
+from swin_scale.checkpoint.tensorfile import DTYPES, hash_file, read_range
 from swin_scale.errors import CheckpointError
+from swin_scale.hashed_file import CHUNK_BYTES
 
 _STEP = re.compile(r"step_(\d{8,})")
 _DESCR = re.escape(repr(np.lib.format.dtype_to_descr(FRAGMENT_DTYPE)))

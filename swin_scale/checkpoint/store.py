@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from swin_scale.checkpoint import strictjson
 from swin_scale.checkpoint.manifest import (
@@ -37,9 +40,10 @@ from swin_scale.checkpoint.manifest import (
     read_small,
 )
 from swin_scale.checkpoint.reader import Checkpoint, list_steps, step_directory
-from swin_scale.checkpoint.tensorfile import CHUNK_BYTES, hash_file, write_tensor_file
+from swin_scale.checkpoint.tensorfile import build_header, hash_file, write_tensor_file
 from swin_scale.errors import CheckpointError
 from swin_scale.files import fsync_directory, write_atomic
+from swin_scale.hashed_file import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,57 @@ def begin(root: str | os.PathLike[str], step: int) -> Path:
     return temporary
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankLayout:
+    """Where everything lies in the file of one rank, known before a byte of it is written."""
+
+    name: str
+    header: bytes
+    tensors: tuple[tuple[str, torch.Tensor], ...]
+    """(name in the file, 1-D data)."""
+    offsets: Mapping[str, int]
+    """First byte of each tensor, by its name in the file; a multiple of its item size."""
+    rows: tuple[tuple[str, str, int, int, int, str], ...]
+    """`RankFile.fragments`."""
+    bytes: int
+
+    def written(self, xxh3_128: str) -> RankFile:
+        """The summary of the file once it is on the disk."""
+        return RankFile(name=self.name, bytes=self.bytes, xxh3_128=xxh3_128, fragments=self.rows)
+
+
+_METADATA = {"format": "pt", "swin_scale": "fragments/1"}
+
+
+def rank_layout(rank: int, fragments: Sequence[Fragment]) -> RankLayout:
+    """The layout of what `rank` holds: a pure function of the fragments' names, ranges and dtypes.
+
+    Raises CheckpointError for what the format cannot hold.
+    """
+    name = f"rank{rank:05d}.safetensors"
+    kept = [fragment for fragment in fragments if fragment.data.numel()]
+    for fragment in kept:
+        assert fragment.data.dim() == 1, f"{fragment.name}: data is {fragment.data.dim()}-D"
+        numel = math.prod(fragment.shape)
+        end = fragment.start + fragment.data.numel()
+        assert 0 <= fragment.start < end <= numel, f"{fragment.name}: elements {fragment.start} to {end} of {numel}"
+    tensors = tuple((_key(fragment.kind, fragment.name, fragment.start), fragment.data) for fragment in kept)
+    header, ordered = build_header(Path(name), tensors, _METADATA)
+    entries = {entry.name: entry for entry in ordered}
+    rows = []
+    for (key, data), fragment in zip(tensors, kept):
+        entry = entries[key]
+        rows.append((fragment.kind, fragment.name, fragment.start, data.numel(), entry.begin, entry.dtype))
+    return RankLayout(
+        name=name,
+        header=header,
+        tensors=tensors,
+        offsets={key: entry.begin for key, entry in entries.items()},
+        rows=tuple(rows),
+        bytes=ordered[-1].end if ordered else len(header),
+    )
+
+
 def write_rank_file(
     directory: str | os.PathLike[str], rank: int, fragments: Sequence[Fragment], *, chunk_bytes: int = CHUNK_BYTES
 ) -> RankFile:
@@ -74,22 +129,10 @@ def write_rank_file(
     Extra memory is one buffer of `chunk_bytes` when a fragment is not a contiguous CPU tensor, and none otherwise.
     Raises CheckpointError naming the file when it cannot be written; the part is removed.
     """
-    path = Path(directory) / f"rank{rank:05d}.safetensors"
-    kept = [fragment for fragment in fragments if fragment.data.numel()]
-    for fragment in kept:
-        assert fragment.data.dim() == 1, f"{fragment.name}: data is {fragment.data.dim()}-D"
-        numel = int(np.prod(fragment.shape, dtype=np.int64))
-        end = fragment.start + fragment.data.numel()
-        assert 0 <= fragment.start < end <= numel, f"{fragment.name}: elements {fragment.start} to {end} of {numel}"
-    tensors = [(_key(fragment.kind, fragment.name, fragment.start), fragment.data) for fragment in kept]
-    metadata = {"format": "pt", "swin_scale": "fragments/1"}
-    written = write_tensor_file(path, tensors, metadata, chunk_bytes=chunk_bytes)
-    entries = {entry.name: entry for entry in written.entries}
-    rows = []
-    for (key, data), fragment in zip(tensors, kept):
-        entry = entries[key]
-        rows.append((fragment.kind, fragment.name, fragment.start, data.numel(), entry.begin, entry.dtype))
-    return RankFile(name=path.name, bytes=written.bytes, xxh3_128=written.xxh3_128, fragments=tuple(rows))
+    layout = rank_layout(rank, fragments)
+    written = write_tensor_file(Path(directory) / layout.name, layout.tensors, _METADATA, chunk_bytes=chunk_bytes)
+    assert written.bytes == layout.bytes
+    return layout.written(written.xxh3_128)
 
 
 def _key(kind: str, name: str, start: int) -> str:
@@ -235,11 +278,17 @@ def _try(action: Callable[[], object]) -> bool:
 
 
 def prune(
-    root: str | os.PathLike[str], keep: int, *, every_hours: float | None = None, verify: bool = True
+    root: str | os.PathLike[str],
+    keep: int,
+    *,
+    every_hours: float | None = None,
+    best: Collection[int] = (),
+    verify: bool = True,
 ) -> list[int]:
     """Delete all but the newest `keep` checkpoints and the pinned ones (rank 0 only); returns the deleted steps.
 
-    With `every_hours` the first checkpoint past every multiple of that many hours of training is pinned (`pinned`).
+    Those of the steps `best` are pinned. With `every_hours` the first checkpoint past every multiple of that many hours
+    of training is pinned too (`pinned`).
     Before anything is deleted one of the kept must verify; when none does, the newest good one among the older is kept
     too. ``verify=False`` trusts sizes and the small files and does not read the tensors back: for large runs whose
     ranks verify their own files in parallel. Also removes what killed saves left. What cannot be deleted is logged.
@@ -250,7 +299,7 @@ def prune(
     steps = list_steps(root)
     if not steps:
         return []
-    kept, doomed = steps[-keep:], steps[:-keep]
+    kept, doomed = steps[-keep:], [step for step in steps[:-keep] if step not in best]
     if every_hours is not None and doomed:
         spared = pinned(root, steps, every_hours)
         doomed = [step for step in doomed if step not in spared]
@@ -280,6 +329,12 @@ def pinned(root: str | os.PathLike[str], steps: Sequence[int], every_hours: floa
         if type(elapsed) in (int, float) and elapsed >= 0:
             first.setdefault(int(elapsed / 3600 // every_hours), step)
     return {step for mark, step in first.items() if mark > 0}
+
+
+def best_of(steps: Sequence[int], figures: Mapping[int, float], count: int) -> set[int]:
+    """Of the committed `steps`, the `count` with the highest `figures`; of equal ones the earlier."""
+    known = sorted((-figures[step], step) for step in steps if step in figures)
+    return {step for _, step in known[:count]}
 
 
 def _is_good(root: Path, step: int, verify: bool) -> bool:

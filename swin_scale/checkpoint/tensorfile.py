@@ -23,16 +23,7 @@ from torch import Tensor
 from swin_scale.checkpoint import strictjson
 from swin_scale.errors import CheckpointError
 from swin_scale.files import fsync_directory
-
-CHUNK_BYTES = 1 << 20
-"""Bytes hashed and written at a time, and the size of the staging buffer for memory that cannot be written as it is.
-
-Longer writes get huge pages in the page cache, which virtual machines may have to fetch from their host: on one of
-them, writing 2 MiB at a time took eight times as long as 1 MiB.
-"""
-
-FLUSH_BYTES = 32 << 20
-"""Bytes after which the disk is asked to begin with what was written, so that the sync at the end finds little left."""
+from swin_scale.hashed_file import CHUNK_BYTES, HashedFile, not_writable
 
 MAX_HEADER_BYTES = 8 << 20
 """Longest header read or written: about 70,000 tensors. The JSON parser may need 25 times as much memory."""
@@ -103,12 +94,12 @@ def write_tensor_file(
     the bytes of all, in the order of the file, none of two tensors at once. Raises CheckpointError naming the file on
     any I/O error (a full disk, for one); the part is then removed.
     """
-    header, entries = _build_header(path, tensors, metadata or {})
+    header, entries = build_header(path, tensors, metadata)
     if pieces is None:
         pieces = partial(_pieces, dict(tensors), chunk_bytes)
     try:
         with open(path, "wb", buffering=0) as file:
-            out, source = _Output(file.fileno()), pieces([entry.name for entry in entries])
+            out, source = HashedFile(file.fileno()), pieces([entry.name for entry in entries])
             out.write(memoryview(header))
             for entry in entries:
                 while out.bytes < entry.end:
@@ -117,15 +108,17 @@ def write_tensor_file(
             os.fsync(file.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise CheckpointError(f"{path} cannot be written: {reason}; free space or fix the path") from error
+        raise CheckpointError(not_writable(path, error)) from error
     return Written(bytes=out.bytes, xxh3_128=out.digest.hexdigest(), entries=entries)
 
 
-def _build_header(
-    path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]
+def build_header(
+    path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, tuple[Entry, ...]]:
-    """Header bytes, and entries in file order: widest dtype first, so that every tensor is aligned to its item size."""
+    """Header bytes, and entries in file order: widest dtype first, so that every tensor is aligned to its item size.
+
+    Raises CheckpointError naming `path` for what the format, or this reader, cannot hold.
+    """
     for name, tensor in tensors:
         if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, which safetensors cannot hold")
@@ -190,25 +183,6 @@ def _rows(tensor: Tensor, limit: int) -> Iterator[Tensor]:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes; numpy has no bfloat16 or float8, so it goes through uint8."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-class _Output:
-    """A file that is hashed as it is written."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._flushed = descriptor, 0
-        self.digest = xxhash.xxh3_128()
-        self.bytes = 0
-
-    def write(self, view: memoryview) -> None:
-        self.digest.update(view)
-        while view:
-            count = os.write(self._descriptor, view)
-            view, self.bytes = view[count:], self.bytes + count
-        if self.bytes - self._flushed >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
-            # Told to drop pages, Linux begins to write the dirty ones, waits for nothing, and keeps them.
-            os.posix_fadvise(self._descriptor, self._flushed, self.bytes - self._flushed, os.POSIX_FADV_DONTNEED)
-            self._flushed = self.bytes
 
 
 def read_header(path: Path) -> Header:

@@ -3,7 +3,7 @@
 from swin_scale.convert.fit import fit
 from swin_scale.convert.infer import infer_model
 from swin_scale.convert.inspection import inspect_path
-from swin_scale.convert.load import ModelInfo, load_weights, model_from_weights
+from swin_scale.convert.load import ModelInfo, judge_weights, load_weights, model_from_weights
 from swin_scale.convert.report import Line, Report
 from swin_scale.convert.source import open_weights, read_state_dict
 from swin_scale.convert.weights import Source, Weights
@@ -20,6 +20,7 @@ __all__ = [
     "fit",
     "infer_model",
     "inspect_path",
+    "judge_weights",
     "load_weights",
     "model_from_weights",
     "open_weights",

@@ -20,7 +20,7 @@ from swin_scale.convert.report import Line, Report
 from swin_scale.convert.tables import resized
 from swin_scale.errors import CheckpointError
 
-Head = Literal["auto", "keep", "zero", "init", "map22kto1k"]
+Head = Literal["auto", "keep", "zero", "trunc_normal", "map22kto1k"]
 
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
 """Buffers of the official code that follow from sizes alone."""
@@ -78,9 +78,10 @@ def fit(
         target: state dict of the model to fill; shapes and dtypes are read, and values where a head is kept.
         where, into: what to call the two in messages and in the report.
         head: ``keep`` needs the same class count; ``map22kto1k`` takes the 1,000 rows of a 21,841-class head;
-            ``zero`` starts the head from zeros; ``init`` leaves the model's own initialisation; ``auto`` keeps equal
-            heads, maps 21,841 to 1,000, and otherwise starts from zeros, as official fine-tuning does, or from the
-            model's initialisation where the source has no head. The report says which.
+            ``zero`` starts the head from zeros; ``trunc_normal`` leaves the model's own initialisation, a truncated
+            normal of std 0.02 and zero biases; ``auto`` keeps equal heads, maps 21,841 to 1,000, and otherwise starts
+            from zeros, as official fine-tuning does, or from the model's initialisation where the source has no head,
+            as official fine-tuning of SimMIM weights does. The report says which.
         fresh: names in `target` that keep their values where the source lacks them, with the reason for the report.
 
     Raises CheckpointError listing unknown keys with the nearest names, missing keys, and shapes that do not fit.
@@ -96,7 +97,7 @@ def fit(
         elif tensor.shape == target[name].shape:
             state.place(key, name, tensor, reason, changed=False)
         else:
-            tensor, how = resized(name, tensor, target[name], where, geometric=_is_masked(key))
+            tensor, how = resized(name, tensor, target[name], where, geometric=is_masked(key))
             state.place(key, name, tensor, f"{reason}, {how}" if reason else how, changed=True)
     _fit_head({name: key for key, (name, _) in names.items() if name in _HEAD}, source, state, head)
     _refuse_unknown(state, names)
@@ -180,40 +181,44 @@ def _fit_head(keys: Mapping[str, str], source: Mapping[str, Tensor], state: _Fit
         for name, key in keys.items():
             state.place(key, name, source[key][rows], "rows of the 1,000 classes among 21,841", changed=True)
     else:
-        had = "it has no head" if there is None else f"its head has {there} classes, the model's {here}"
+        why = "it has no head" if there is None else f"its head has {there} classes, the model's {here}"
+        if there == here:
+            why = "as asked"
         for key in keys.values():
-            state.drop(key, had if there != here else "head started anew as asked")
+            state.drop(key, "head started anew as asked" if there == here else why)
         for name in wanted:
             if policy == "zero":
-                state.create(
-                    name, torch.zeros_like(target[name]), f"zeros: {had}" if there != here else "zeros, as asked"
-                )
+                state.create(name, torch.zeros_like(target[name]), f"zeros: {why}")
             else:
-                state.create(name, target[name], f"the model's own initialisation: {had}")
+                state.create(name, target[name], f"the model's own initialisation: {why}")
 
 
 def _head_policy(head: Head, there: int | None, here: int, where: str) -> str:
     if head == "auto":
         if there is None:
-            return "init"
+            return "trunc_normal"
         return "keep" if there == here else "map22kto1k" if (there, here) == (labels.CLASSES_22K, 1000) else "zero"
     if head == "keep" and there != here:
         had = "no head" if there is None else f"a head of {there} classes"
         raise CheckpointError(
-            f"{where} has {had}, the model has {here} classes; set num_classes, or another head policy"
+            f"{where} has {had}, the model has {here} classes; set init.head (head=) to auto, zero or trunc_normal, or "
+            "give the model those classes"
         )
     if head == "map22kto1k" and (there, here) != (labels.CLASSES_22K, 1000):
-        raise CheckpointError(f"{where}: map22kto1k needs {labels.CLASSES_22K} -> 1000 classes, here {there} -> {here}")
+        raise CheckpointError(
+            f"{where}: map22kto1k needs {labels.CLASSES_22K} -> 1000 classes, here {there or 'no head'} -> {here}; set "
+            "init.head (head=) to auto, zero or trunc_normal"
+        )
     return head
 
 
 def adapted(key: str, name: str, tensor: Tensor, wanted: Tensor, where: str) -> Tensor:
     """The `tensor` at `key` in the shape and dtype of `wanted`, as `fit` makes it for the parameter `name`."""
     if tensor.shape != wanted.shape:
-        tensor, _ = resized(name, tensor, wanted, where, geometric=_is_masked(key))
+        tensor, _ = resized(name, tensor, wanted, where, geometric=is_masked(key))
     return tensor.to(wanted.dtype)
 
 
-def _is_masked(key: str) -> bool:
+def is_masked(key: str) -> bool:
     """Whether a key belongs to a SimMIM model."""
     return key.removeprefix("module.").startswith("encoder.")

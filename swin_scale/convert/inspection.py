@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from swin_scale.convert.source import METADATA_KEY, open_weights, parse_metadata
 from swin_scale.convert.torchfile import is_torch_file
 from swin_scale.convert.translate import as_official
 from swin_scale.errors import CheckpointError, UserError
+from swin_scale.run_dir import read_stages
 from swin_scale.shards import INDEX_NAME, Manifest
 
 _FORMATS = {"torch": "torch.save", "safetensors": "safetensors", "deepspeed": "DeepSpeed ZeRO checkpoint",
@@ -29,30 +30,47 @@ def inspect_path(path: str | Path, *, verify: bool = False) -> str:
 
     Args:
         path: run directory, ``checkpoints``, step directory, shard directory, ``.pth`` or ``.safetensors``.
-        verify: also read checkpoints whole and compare the digests.
+        verify: also read checkpoints whole and compare the digests; nothing else has any.
 
-    Raises UserError for a path that is none of these, CheckpointError or DataError for damaged ones.
+    Raises UserError for a path that is none of these, or has nothing to verify, CheckpointError or DataError for
+    damaged ones.
     """
     path = Path(path)
-    if not path.is_dir() and rank_files.present(path):
+    if path.is_dir() and (lines := _ours(path, verify)):
+        return "\n".join(lines)
+    if verify and path.exists():
+        raise UserError(f"{path} is no run or checkpoint of one, and has no digests to verify; leave --verify out")
+    if rank_files.present(path):
         return "\n".join(_weights(path))
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_file():
         return "\n".join(_weights(path) if is_torch_file(path) else _safetensors(path))
-    if list_steps(path):
-        return "\n".join(_run(path, verify))
-    if list_steps(path / "checkpoints"):
-        return "\n".join(_run(path / "checkpoints", verify))
     if (path / INDEX_NAME).exists():
         return "\n".join(_shards(path))
-    if (path / MANIFEST_NAME).exists():
-        return "\n".join(_checkpoint(path, verify))
-    if rank_files.present(path):
-        return "\n".join(_weights(path))
     if (directory := zero_files.find(path)) is not None or (hub.weight_file(path) or hub.index_file(path)):
         return "\n".join(_weights(directory or path))
     raise UserError(f"{path} is not a run, a checkpoint, a shard set or a weight file")
+
+
+def _ours(path: Path, verify: bool) -> list[str]:
+    """A directory with checkpoints of ours; empty for any other."""
+    if stages := read_stages(path):
+        return _stages(path, stages, verify)
+    for root in (path, path / "checkpoints"):
+        if list_steps(root):
+            return _run(root, verify)
+    return _checkpoint(path, verify) if (path / MANIFEST_NAME).exists() else []
+
+
+def _stages(path: Path, stages: Sequence[Path], verify: bool) -> list[str]:
+    """All stages by their newest checkpoint, and more of the last one that has any."""
+    lines, begun = [f"{path}: a run in {len(stages)} stages"], None
+    for stage in stages:
+        steps = list_steps(stage / "checkpoints")
+        begun = stage if steps else begun
+        lines.append(f"  {stage.name}  {f'step {steps[-1]}' if steps else 'no checkpoint'}")
+    return lines if begun is None else [*lines, *_run(begun / "checkpoints", verify)]
 
 
 def _run(root: Path, verify: bool) -> list[str]:
@@ -136,6 +154,8 @@ def _model(model: Mapping[str, Any]) -> list[str]:
     lines = [f"  model: {model.get('name', 'unknown')}"]
     if overrides := model.get("overrides"):
         lines.append("  " + ", ".join(f"{key}={value}" for key, value in overrides.items()))
+    if augment := model.get("augment"):
+        lines.append("  evaluated with " + ", ".join(f"augment.{key}={value}" for key, value in augment.items()))
     if classes := model.get("classes"):
         lines.append(f"  {len(classes)} classes: {', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''}")
     return lines

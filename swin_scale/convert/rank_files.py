@@ -18,8 +18,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from swin_scale.checkpoint.tensorfile import CHUNK_BYTES
 from swin_scale.errors import CheckpointError
+from swin_scale.hashed_file import CHUNK_BYTES
 
 _PART = re.compile(r"(?P<stem>.+)\.(?:rank(?P<rank>\d{1,6})|master)", re.DOTALL)
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError)

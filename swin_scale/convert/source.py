@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from swin_scale.checkpoint import Checkpoint, list_steps, newest_good
 from swin_scale.checkpoint.manifest import MANIFEST_NAME
 from swin_scale.checkpoint.tensorfile import DTYPES, read_header, read_range
+from swin_scale.config import Augment
 from swin_scale.convert import hub, rank_files, zero_files
 from swin_scale.convert.ranks import RankWeights
 from swin_scale.convert.torch_weights import TorchWeights
@@ -24,18 +26,26 @@ from swin_scale.convert.torchfile import TorchFile, is_torch_file
 from swin_scale.convert.weights import Several, Source, Weights
 from swin_scale.convert.zero import ZeroWeights
 from swin_scale.errors import CheckpointError
+from swin_scale.run_dir import read_stages
 
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "swin_scale"
 """Key of the JSON object in the metadata of safetensors files written here."""
+EVAL_AUGMENT: Mapping[str, tuple[Any, ...]] = {
+    "crop": (None, "resized", "pad"),
+    "eval_crop": (True, False),
+    "interpolation": ("bicubic", "bilinear"),
+}
+"""Keys of `Augment` that say how an evaluation looks at images, which a model is described with, and their values."""
 
 
 def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
     """Weights that are read on demand; close them, or use them in a ``with``.
 
     Args:
-        path: a run directory or its ``checkpoints`` (the newest good step is taken), a step directory, a directory
+        path: a run directory or its ``checkpoints`` (the newest good step is taken), that of a run in stages (its last
+            stage), a step directory, a directory
             written by DeepSpeed's ``save_checkpoint`` (ZeRO 0 to 3, any number of ranks) or by Hugging Face or timm
             (``config.json`` beside the weights, which may be several files with an index), or a file written by
             safetensors or ``torch.save`` with the weights at the top, or under ``model``, ``state_dict`` or
@@ -46,7 +56,7 @@ def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
 
     Raises CheckpointError naming the file. No code of a file runs; there is no setting that would allow it.
     """
-    path = Path(path)
+    path = last_stage(Path(path))
     try:
         if path.is_dir():
             return _open_directory(path, kind)
@@ -55,6 +65,21 @@ def open_weights(path: str | Path, *, kind: str = "master") -> Weights:
         return _open_file(path, kind)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def last_stage(path: Path) -> Path:
+    """Of a run in stages the directory of the last one; of anything else the path itself.
+
+    Raises CheckpointError, naming the stages that could be meant, when the last one has no checkpoint.
+    """
+    stages = read_stages(path)
+    if not stages or list_steps(stages[-1] / "checkpoints"):
+        return stages[-1] if stages else path
+    begun = [str(stage) for stage in stages if list_steps(stage / "checkpoints")]
+    raise CheckpointError(
+        f"{path} is a run in stages, and the last, {stages[-1].name}, has no checkpoint yet; "
+        + (f"name a stage of its own: {', '.join(begun)}" if begun else "no stage has one")
+    )
 
 
 def _open_file(path: Path, kind: str) -> Weights:
@@ -214,11 +239,24 @@ def parse_metadata(path: Path, text: str) -> tuple[dict[str, Any] | None, int | 
             "overrides": dict(body["model"]["overrides"]),
             "classes": body["model"].get("classes"),
             "wnids": body["model"].get("wnids"),
+            "augment": dict(body["model"].get("augment") or {}),
         }
         return model, body.get("step"), str(body["kind"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: its {METADATA_KEY} metadata is damaged: {reason}") from error
+
+
+def eval_augment(source: Source) -> Augment:
+    """How the run behind `source` looked at the images it was evaluated on; raises CheckpointError.
+
+    The defaults where nothing tells: foreign files, and those written before this was.
+    """
+    stored = (source.model or {}).get("augment") or {}
+    for key, known in EVAL_AUGMENT.items():
+        if stored.get(key, known[0]) not in known:
+            raise CheckpointError(f"{source.path}: its augment.{key} is {str(stored[key])[:80]!r}, not one of {known}")
+    return Augment(**{key: stored[key] for key in EVAL_AUGMENT if key in stored})
 
 
 def _refuse_ema(path: Path, kind: str) -> None:

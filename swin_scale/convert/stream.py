@@ -8,9 +8,9 @@ from pathlib import Path
 
 from zlib_ng import zlib_ng
 
-from swin_scale.checkpoint.tensorfile import CHUNK_BYTES
 from swin_scale.convert.torchfile import Extent
 from swin_scale.errors import CheckpointError
+from swin_scale.hashed_file import CHUNK_BYTES
 
 MAX_OPEN = 64
 """Files held open at a time: a checkpoint of 1,024 ranks would exceed the usual limit of a process."""

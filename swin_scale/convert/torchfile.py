@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from swin_scale.checkpoint.tensorfile import CHUNK_BYTES
 from swin_scale.convert.pickles import MAX_PICKLE_BYTES, LazyTensor, Storage, read_pickle
 from swin_scale.errors import CheckpointError
+from swin_scale.hashed_file import CHUNK_BYTES
 
 ZIP_MAGIC = b"PK\x03\x04"
 MAX_EXPANSION = 4

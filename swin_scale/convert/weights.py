@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swin_scale.checkpoint.tensorfile import CHUNK_BYTES, bytes_of
+from swin_scale.checkpoint.tensorfile import bytes_of
+from swin_scale.hashed_file import CHUNK_BYTES
 
 Change = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Values of a step's sources to values of its targets; also takes tensors on the meta device."""

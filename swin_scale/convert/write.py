@@ -14,7 +14,7 @@ from torch import Tensor
 from swin_scale.checkpoint import strictjson
 from swin_scale.checkpoint.tensorfile import hash_file
 from swin_scale.convert import huggingface, layouts, official, plain, write_ranks
-from swin_scale.convert.fit import adapted, fit
+from swin_scale.convert.fit import adapted, fit, is_masked
 from swin_scale.convert.load import describe_model, label_names
 from swin_scale.convert.report import Line, Report
 from swin_scale.convert.source import open_weights
@@ -123,7 +123,8 @@ def _tidy(view: View, model: str | None) -> tuple[Weights, Report, dict[str, Any
     by_name = {step.targets[0]: step for step in steps}
     tidy = Renamed(view.weights, [by_name[key] for key in target])
     classes, wnids = label_names(source, len(target["head.weight"]) if "head.weight" in target else 0)
-    description = {"name": name, "overrides": overrides, "classes": classes, "wnids": wnids}
+    augment = dict((source.model or {}).get("augment") or {})
+    description = {"name": name, "overrides": overrides, "classes": classes, "wnids": wnids, "augment": augment}
     return tidy, view.account(report), description
 
 
@@ -225,6 +226,11 @@ def _notes(view: View) -> tuple[str, ...]:
     notes = [f"{origin.kind} weights" + (f" of step {origin.step}" if origin.step is not None else ""), *origin.notes]
     if view.layout != "official":
         notes.append(f"recognised as a model of {layouts.NAMES[view.layout]}")
+    if any(map(is_masked, view.clues)):
+        # Nothing in the file will tell, and the tables of Swin V1 then grow by another rule (`tables.resized`).
+        notes.append(
+            "the encoder of a SimMIM model; a Swin V1 with other windows had better start from the whole model"
+        )
     if origin.beside:
         notes.append(f"left out, beside the weights in the file: {', '.join(origin.beside)}")
     return tuple(notes)

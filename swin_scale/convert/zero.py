@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swin_scale.checkpoint.tensorfile import CHUNK_BYTES, bytes_of
+from swin_scale.checkpoint.tensorfile import bytes_of
 from swin_scale.convert.torchfile import MAX_EXPANSION
 from swin_scale.convert.weights import Source, Weights
 from swin_scale.convert.zero_files import Piece, Stored, Vector, ZeroFiles
 from swin_scale.errors import CheckpointError
+from swin_scale.hashed_file import CHUNK_BYTES
 
 AHEAD = 2
 """Pieces that are read ahead of the one that is being written."""

@@ -1,9 +1,10 @@
 """The sample stream: from shards on disk to uint8 batches in an order that no worker or rank count can change.
 
-In the order in which a sample meets them: `order` (which sample, when), `reader` (its bytes), `decode` (its pixels),
-`augment`, `resample` and `randaugment` (its random view), `worker` and `loader` (in which process), `streams` (the
-public face), and on the device `device` (normalise, erase) and `mixup`. Files up to `worker` import no torch, and names
-are looked up here on first use, so that loader processes start in a fraction of a second.
+In the order in which a sample meets them: `order` (which sample, when), `exclusions` (which are left out), `reader`
+(its bytes), `decode` (its pixels), `augment`, `resample` and `randaugment` (its random view), `masking` (what SimMIM
+hides of it), `worker` and `loader` (in which process), `streams` (the public face), and on the device `device`
+(normalise, erase) and `mixup`. Files up to `worker` import no torch, and names are looked up here on first use, so that
+loader processes start in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from swin_scale.data.augment import EvalTransform, TrainTransform
     from swin_scale.data.decode import decode_rgb
     from swin_scale.data.device import finish
+    from swin_scale.data.exclusions import Exclusions, LeftOut
     from swin_scale.data.loader import Batch, Batches
+    from swin_scale.data.masking import Masking
     from swin_scale.data.mixup import Mix, draw_mix, mix_batch
     from swin_scale.data.order import as_bad, batch_digest
     from swin_scale.data.reader import BadSample, open_shard_sets
@@ -27,7 +30,9 @@ _HOMES = {
     "augment": ("EvalTransform", "TrainTransform"),
     "decode": ("decode_rgb",),
     "device": ("finish",),
+    "exclusions": ("Exclusions", "LeftOut"),
     "loader": ("Batch", "Batches"),
+    "masking": ("Masking",),
     "mixup": ("Mix", "draw_mix", "mix_batch"),
     "order": ("as_bad", "batch_digest"),
     "reader": ("BadSample", "open_shard_sets"),
@@ -42,6 +47,9 @@ __all__ = [
     "Batches",
     "EvalStream",
     "EvalTransform",
+    "Exclusions",
+    "LeftOut",
+    "Masking",
     "Mix",
     "SkipLedger",
     "Skipped",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 
@@ -28,12 +29,24 @@ def finish(
     (beyond the device's rounding of log and cos). Arithmetic is fp32. Random erasing in normalised space follows timm.
     """
     out = images.to(torch.float32).div_(255)
-    centre, scale = (torch.tensor(values, device=out.device).view(-1, 1, 1) for values in (mean, std))
-    out.sub_(centre).div_(scale)
+    out.sub_(_per_channel(mean, out.device)).div_(_per_channel(std, out.device))
     if boxes is not None and boxes.any():
         assert mode == "const" or noise_keys is not None
         _erase(out, boxes, noise_keys if mode == "pixel" else None)
     return out.to(dtype)
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(C, 1, 1), kept: the host would wait for the device at every copy."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On `device`, through pinned memory: a copy from elsewhere is waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _erase(images: torch.Tensor, boxes: torch.Tensor, noise_keys: torch.Tensor | None) -> None:
@@ -46,13 +59,13 @@ def _erase(images: torch.Tensor, boxes: torch.Tensor, noise_keys: torch.Tensor |
     box = torch.repeat_interleave(area)
     within = torch.arange(len(box)) - (area.cumsum(0) - area)[box]
     place = (top[box] + within // wide[box]) * width + left[box] + within % wide[box]
-    place, sample = (t.to(images.device, non_blocking=True) for t in (place, sample[box]))
+    place, sample = _send(place, images.device), _send(sample[box], images.device)
     channel = torch.arange(channels, device=images.device)[:, None] * (height * width)
     position = channel + place
     if noise_keys is None:
         values = images.new_zeros(())
     else:
-        values = keyed_normal(noise_keys.to(images.device)[sample] + _GOLDEN * position)
+        values = keyed_normal(_send(noise_keys, images.device)[sample] + _GOLDEN * position)
     images.view(-1)[sample * (channels * height * width) + position] = values
 
 

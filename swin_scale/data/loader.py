@@ -8,12 +8,13 @@ machine allows. Memory is anonymous (memfd): it needs no room in /dev/shm and ca
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import mmap
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections import deque
@@ -26,8 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from swin_scale.data.order import EMPTY
 from swin_scale.data.worker import SIGNALS, Chunk, ChunkResult, Producer, Recipe, Skipped
-from swin_scale.errors import DataError, SwinScaleError
+from swin_scale.errors import DataError, PeerLostError, SwinScaleError
+from swin_scale.files import anonymous_file
 
 MIN_CHUNK, MAX_CHUNK = 8, 32
 """Slots per message: enough to drown its cost (0.1 ms) for tiny images, few enough to share a batch out evenly."""
@@ -46,6 +49,8 @@ class Request:
     epoch: int
     ids: np.ndarray
     copies: np.ndarray
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Why samples are left out, by id; their ids in `ids` are coded by `as_bad`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +65,16 @@ class Batch:
     labels: torch.Tensor
     """(B,) int64, -1 in empty slots."""
     ids: torch.Tensor
-    """(B,) int64 global sample ids; -1 for a slot past the end of the epoch, -(id + 2) for a sample of bad content."""
+    """(B,) int64 global sample ids; -1 for a slot past the end of the epoch, -(id + 2) for a sample of bad content
+    or left out on purpose."""
     boxes: torch.Tensor
     """(B, n, 4) int16 rows (top, left, height, width) to erase; zeros where unused."""
     noise_keys: torch.Tensor
     """(B,) int64 keys of the erasing noise."""
+    masks: torch.Tensor
+    """(B, H / patch, W / patch) uint8, 1 where a token is hidden, zeros in empty slots; (B, 0, 0) if not asked for."""
     skipped: list[Skipped]
-    """The samples of bad content, in slot order."""
+    """The samples of bad content and those left out on purpose, in slot order."""
     wait_s: float
     """Seconds that the caller waited for this batch."""
 
@@ -105,6 +113,7 @@ class WorkerPool:
         """`rows`: images per batch. `timeout_s`: silence after which a worker counts as hung."""
         self._shape = (rows, 3, recipe.transform.height, recipe.transform.width)
         self._timeout_s = timeout_s
+        self._silent_s = 0.0
         self._free: deque[int] = deque()
         self._memories: list[mmap.mmap] = []
         self._workers: list[_Worker] = []
@@ -132,13 +141,21 @@ class WorkerPool:
         self._backlog.append((pending, number))
         self._share_out()
 
-    def collect(self) -> None:
-        """Wait for at least one answer and file it. Raises the worker's error, or DataError when one died or hangs."""
+    def collect(self, within_s: float = math.inf) -> bool:
+        """Wait for at least one answer and file it; whether one came within so many seconds.
+
+        Raises the worker's error, DataError when one ended by itself, and PeerLostError when one was killed or hangs:
+        that is nothing the data are to blame for, and the same command goes on.
+        """
         busy = {worker.connection: worker for worker in self._workers if worker.asked}
-        ready = wait(busy, self._timeout_s)
+        patience_s = min(within_s, max(0.0, self._timeout_s - self._silent_s))
+        ready = wait(busy, patience_s)
+        self._silent_s = 0.0 if ready else self._silent_s + patience_s
+        if not ready and self._silent_s < self._timeout_s:
+            return False
         if not ready:
             pids = ", ".join(str(worker.process.pid) for worker in busy.values())
-            raise DataError(
+            raise PeerLostError(
                 f"no loader worker (pid {pids}) answered for {self._timeout_s:.0f} s; the file system of the shards "
                 f"may be stalled. Start the same command again to resume"
             )
@@ -152,6 +169,7 @@ class WorkerPool:
             pending, number = worker.asked.popleft()
             pending.results[number] = answer
         self._share_out()
+        return True
 
     def close(self) -> None:
         """End the workers: closing their sockets is enough, unless one is stuck."""
@@ -178,7 +196,7 @@ class WorkerPool:
 
     def _grow(self) -> None:
         size = int(np.prod(self._shape))
-        descriptor = _anonymous_file()
+        descriptor = anonymous_file("swin_scale.batch")
         try:
             os.ftruncate(descriptor, size)
             self._memories.append(mmap.mmap(descriptor, size))
@@ -199,18 +217,19 @@ class WorkerPool:
         except OSError as error:
             raise self._death(worker) from error
 
-    def _death(self, worker: _Worker) -> DataError:
+    def _death(self, worker: _Worker) -> DataError | PeerLostError:
         try:
             code = worker.process.wait(CLOSE_GRACE_S)
         except subprocess.TimeoutExpired:
-            return DataError(f"loader worker {worker.process.pid} closed its connection")
+            return PeerLostError(f"loader worker {worker.process.pid} closed its connection")
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
             if -code == signal.SIGKILL:
                 how += " (out of memory? lower data.workers or data.prefetch)"
         else:
             how = f"ended with code {code}; its traceback is in this log"
-        return DataError(f"loader worker {worker.process.pid} {how}. Start the same command again to resume")
+        kind = PeerLostError if code < 0 else DataError
+        return kind(f"loader worker {worker.process.pid} {how}. Start the same command again to resume")
 
 
 def _start_worker() -> _Worker:
@@ -231,14 +250,6 @@ def _start_worker() -> _Worker:
     return _Worker(process, ours)
 
 
-def _anonymous_file() -> int:
-    """Descriptor of a file without a name, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("swin_scale.batch", os.MFD_CLOEXEC)
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
 class Batches(Iterator[Batch]):
     """Iterator over batches; close it, or use it as a context manager, to end its workers."""
 
@@ -256,9 +267,52 @@ class Batches(Iterator[Batch]):
         self._prefetch = max(1, prefetch, -(-2 * workers * self._chunk // rows))
         # Also at interpreter exit and when the iterator is dropped half-way.
         self._finalizer = weakref.finalize(self, self._maker.close)
+        self._asked_at: float | None = None
+
+    def arrives(self, within_s: float) -> bool:
+        """Whether `next` would not wait: the next batch, or the end, is there within so many seconds.
+
+        Without workers, which make a batch when it is asked for, the answer is always yes. Raises what `next` would.
+        """
+        self._began()
+        pool = self._maker
+        if isinstance(pool, Producer):
+            return True
+        deadline = time.perf_counter() + within_s
+        try:
+            self._order(pool)
+            while self._ahead and not self._ahead[0].complete:
+                left = deadline - time.perf_counter()
+                if left <= 0 or not pool.collect(left):
+                    return False
+        except SwinScaleError:
+            self.close()
+            raise
+        return True
+
+    def stand_ins(self) -> Iterator[Batch]:
+        """Empty ones for all batches left, which come no more: for a rank that waits no longer but keeps step."""
+        left = itertools.chain([pending.request for pending in self._ahead], self._requests)
+        self._requests = iter(())
+        self._ahead.clear()
+        transform, masks = self._recipe.transform, self._recipe.mask_shape
+        for request in left:
+            yield Batch(
+                step=request.step,
+                epoch=request.epoch,
+                images=torch.zeros((self._rows, 3, transform.height, transform.width), dtype=torch.uint8),
+                labels=torch.full((self._rows,), -1),
+                ids=torch.full((self._rows,), EMPTY),
+                boxes=torch.zeros((self._rows, transform.boxes, 4), dtype=torch.int16),
+                noise_keys=torch.zeros(self._rows, dtype=torch.int64),
+                masks=torch.zeros((self._rows, *masks), dtype=torch.uint8),
+                skipped=[],
+                wait_s=0.0,
+            )
 
     def __next__(self) -> Batch:
-        began = time.perf_counter()
+        began = self._began()
+        self._asked_at = None
         pool = self._maker
         if isinstance(pool, Producer):
             return self._make_here(pool, began)
@@ -289,6 +343,11 @@ class Batches(Iterator[Batch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _began(self) -> float:
+        """When the caller began to wait for the next batch."""
+        self._asked_at = self._asked_at or time.perf_counter()
+        return self._asked_at
+
     def _order(self, pool: WorkerPool) -> None:
         """Hand out requests until enough batches are being made."""
         while len(self._ahead) < self._prefetch:
@@ -303,6 +362,7 @@ class Batches(Iterator[Batch]):
                     request.copies[row : row + self._chunk],
                     number,
                     row,
+                    request.reasons,
                 )
                 for row in range(0, self._rows, self._chunk)
             ]
@@ -315,7 +375,7 @@ class Batches(Iterator[Batch]):
         request = next(self._requests)
         transform = self._recipe.transform
         images = np.empty((self._rows, 3, transform.height, transform.width), np.uint8)
-        result = producer.fill(Chunk(request.epoch, request.ids, request.copies, 0, 0), images)
+        result = producer.fill(Chunk(request.epoch, request.ids, request.copies, 0, 0, request.reasons), images)
         return _batch(request, images, [result], time.perf_counter() - began)
 
 
@@ -331,6 +391,7 @@ def _batch(request: Request, images: np.ndarray, results: list[ChunkResult], wai
         ids=joined("ids"),
         boxes=joined("boxes"),
         noise_keys=joined("noise_keys"),
+        masks=joined("masks"),
         skipped=[record for result in results for record in result.skipped],
         wait_s=wait_s,
     )

@@ -44,16 +44,19 @@ class Encoded:
     label: int
 
 
-def open_shard_sets(paths: Sequence[str | os.PathLike[str]], key: str = "data.train") -> list[ShardSet]:
+def open_shard_sets(
+    paths: Sequence[str | os.PathLike[str]], key: str = "data.train", *, labelled: bool = True
+) -> list[ShardSet]:
     """Open local shard directories that share one label space. UserError for URLs, DataError for damaged sets.
 
-    `key` is the config key that the paths come from, for messages.
+    `key` is the config key that the paths come from, for messages. Where labels are not used (not `labelled`), the
+    classes may differ.
     """
     if not paths:
         raise UserError(f"{key} is empty; name at least one shard directory")
     sets = [ShardSet.open(path) for path in [local_directory(path, key) for path in paths]]
     first = sets[0]
-    for other in sets[1:]:
+    for other in sets[1:] if labelled else ():
         comparable = first.manifest.wnids is not None and other.manifest.wnids is not None
         field = "wnids" if comparable else "classes"
         if getattr(first.manifest, field) != getattr(other.manifest, field):
@@ -64,8 +67,8 @@ def open_shard_sets(paths: Sequence[str | os.PathLike[str]], key: str = "data.tr
     return sets
 
 
-def check_index(shards: ShardSet) -> None:
-    """Rows lie shard by shard as the manifest lists them, and every label names a class; DataError otherwise.
+def check_index(shards: ShardSet, *, labelled: bool = True) -> None:
+    """Rows lie shard by shard as the manifest lists them, and if `labelled` every label names a class; else DataError.
 
     Reads the index once; a few seconds for 14 million rows that are not cached.
     """
@@ -82,6 +85,8 @@ def check_index(shards: ShardSet) -> None:
     classes = len(shards.manifest.classes)
     if len(labels) == 0:
         raise DataError(f"{shards.directory} holds no samples")
+    if not labelled:
+        return
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
         missing = int((labels < 0).sum())

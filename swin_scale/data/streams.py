@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from swin_scale.config import Augment
 from swin_scale.data.augment import EvalTransform, TrainTransform
 from swin_scale.data.decode import MAX_PIXELS
+from swin_scale.data.exclusions import Exclusions, LeftOut
 from swin_scale.data.loader import Batches, Request
+from swin_scale.data.masking import Masking
 from swin_scale.data.order import BatchOrder, Source, StoredOrder, rank_slots, used_block
 from swin_scale.data.reader import check_index
 from swin_scale.data.resample import why_not_vectorised
@@ -30,9 +31,11 @@ TIMEOUT_S = 600.0
 class _Stream:
     """What both streams share: an order of sample ids, and the recipe that turns an id into pixels."""
 
-    def __init__(self, sources: Sequence[ShardSet], order: BatchOrder | StoredOrder, recipe: Recipe) -> None:
+    def __init__(
+        self, sources: Sequence[ShardSet], order: BatchOrder | StoredOrder, recipe: Recipe, labelled: bool
+    ) -> None:
         for source in sources:
-            check_index(source)
+            check_index(source, labelled=labelled)
         if (why := why_not_vectorised()) is not None:
             _log.info("images are resized by Pillow, to the same pixels but slower: %s", why)
         self.sources = tuple(sources)
@@ -53,14 +56,25 @@ class _Stream:
         return len(self.sources[0].manifest.classes)
 
     def _batches(
-        self, start: int, stop: int | None, rank: int, world: int, workers: int, prefetch: int, timeout_s: float
+        self,
+        start: int,
+        stop: int | None,
+        rank: int,
+        world: int,
+        workers: int,
+        prefetch: int,
+        timeout_s: float,
+        left_out: Iterable[LeftOut] = (),
     ) -> Batches:
         slots = rank_slots(self.order.global_batch, rank, world)
+        exclusions = Exclusions(left_out)
 
         def requests() -> Iterator[Request]:
             step = start
             while stop is None or step < stop:
-                yield Request(step, self.order.epoch_of(step), *self.order.batch(step, slots))
+                ids, copies = self.order.batch(step, slots)
+                ids, reasons = exclusions.apply(step, ids)
+                yield Request(step, self.order.epoch_of(step), ids, copies, reasons)
                 step += 1
 
         rows = slots.stop - slots.start
@@ -82,8 +96,13 @@ class TrainStream(_Stream):
         drop_last: bool = False,
         block: int = 16,
         max_pixels: int = MAX_PIXELS,
+        masking: Masking | None = None,
+        labelled: bool = True,
+        exclude: Sequence[int] = (),
     ) -> None:
-        """Raises UserError for a recipe that cannot work, DataError for labels outside the manifest."""
+        """`exclude`: ids of samples that are left out. Raises UserError for a recipe that cannot work, DataError for
+        labels outside the manifest, if `labelled`.
+        """
         if weights and len(weights) != len(sources):
             raise UserError(f"data.weights has {len(weights)} numbers for {len(sources)} directories in data.train")
         order = BatchOrder(
@@ -97,9 +116,12 @@ class TrainStream(_Stream):
             block=block,
         )
         transform = TrainTransform.create(augment, img_size)
-        super().__init__(
-            sources, order, _recipe(sources, transform, seed, max_pixels, used_block(order.samples, block))
-        )
+        recipe = _recipe(sources, transform, seed, max_pixels, used_block(order.samples, block), masking)
+        super().__init__(sources, order, recipe, labelled)
+        stored = sum(map(len, sources))
+        if exclude and max(exclude) >= stored:
+            raise UserError(f"data.exclude holds {max(exclude)}, but data.train has {stored} samples, numbered from 0")
+        self._excluded = (LeftOut(step=0, ids=tuple(exclude), reason="left out by data.exclude"),) if exclude else ()
 
     def batches(
         self,
@@ -111,12 +133,15 @@ class TrainStream(_Stream):
         workers: int = 0,
         prefetch: int = 2,
         timeout_s: float = TIMEOUT_S,
+        left_out: Sequence[LeftOut] = (),
     ) -> Batches:
         """This rank's part of global steps start_step to stop_step - 1 (None: for ever), counted from 0 over the run.
 
-        Starting late reads nothing that came before. UserError when `world` does not divide the global batch.
+        Starting late reads nothing that came before. `left_out`: what stays empty besides the samples that the stream
+        excludes. UserError when `world` does not divide the global batch.
         """
-        return self._batches(start_step, stop_step, rank, world, workers, prefetch, timeout_s)
+        left_out = (*self._excluded, *left_out)
+        return self._batches(start_step, stop_step, rank, world, workers, prefetch, timeout_s, left_out)
 
 
 class EvalStream(_Stream):
@@ -130,10 +155,12 @@ class EvalStream(_Stream):
         img_size: int | tuple[int, int],
         augment: Augment,
         max_pixels: int = MAX_PIXELS,
+        masking: Masking | None = None,
+        labelled: bool = True,
     ) -> None:
         order = StoredOrder(len(source), global_batch=global_batch)
         transform = EvalTransform.create(augment, img_size)
-        super().__init__([source], order, _recipe([source], transform, 0, max_pixels, 1))
+        super().__init__([source], order, _recipe([source], transform, 0, max_pixels, 1, masking), labelled)
 
     def batches(
         self, *, rank: int = 0, world: int = 1, workers: int = 0, prefetch: int = 2, timeout_s: float = TIMEOUT_S
@@ -148,6 +175,7 @@ def _recipe(
     seed: int,
     max_pixels: int,
     block: int,
+    masking: Masking | None,
 ) -> Recipe:
     return Recipe(
         directories=tuple(os.path.abspath(source.directory) for source in sources),
@@ -156,11 +184,12 @@ def _recipe(
         seed=seed,
         max_pixels=max_pixels,
         block=block,
+        masking=masking,
     )
 
 
 class SkipLedger:
-    """``skipped.jsonl``: one line per sample of bad content, and the rate past which the run stops."""
+    """``skipped.jsonl``: one line per empty slot of a sample, and the rate of bad content past which the run stops."""
 
     def __init__(self, path: str | os.PathLike[str], *, max_rate: float = 0.01, tolerated: int = 16) -> None:
         """`tolerated`: bad samples that never stop a run, so that a rate over few samples means nothing."""
@@ -172,18 +201,22 @@ class SkipLedger:
         self._lines: JsonLines | None = None
 
     def add(self, step: int, epoch: int, seen: int, skipped: Sequence[Skipped]) -> None:
-        """Record a global step: `seen` samples were due, `skipped` of all ranks were bad. DataError past the rate."""
+        """Record a global step: `seen` samples were due, `skipped` of all ranks were not used. DataError past the rate.
+
+        Those left out on purpose are listed, and do not count.
+        """
+        bad = [record for record in skipped if not record.excluded]
         self.seen += seen
-        self.bad += len(skipped)
-        self.by_shard.update((record.source, record.shard) for record in skipped)
+        self.bad += len(bad)
+        self.by_shard.update((record.source, record.shard) for record in bad)
         if not skipped:
             return
-        lines = [{"step": step, "epoch": epoch, **dataclasses.asdict(record)} for record in skipped]
+        lines = [{"step": step, "epoch": epoch, **record.row()} for record in skipped]
         if self._lines is None:  # most runs have no bad sample, and most ranks keep no ledger
             self._lines = JsonLines(self.path)
         self._lines.write(lines)
-        if self.bad > self.tolerated and self.bad > self.max_rate * self.seen:
-            last = skipped[-1]
+        if bad and self.bad > self.tolerated and self.bad > self.max_rate * self.seen:
+            last = bad[-1]
             (source, shard), most = self.by_shard.most_common(1)[0]
             raise DataError(
                 f"{self.bad} of {self.seen} samples are unusable, more than data.max_bad_rate {self.max_rate}; the "

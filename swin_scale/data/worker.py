@@ -12,17 +12,19 @@ import mmap
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from swin_scale.data.augment import EvalTransform, TrainTransform
 from swin_scale.data.decode import decode_rgb, jpeg_size
 from swin_scale.data.keyed import key64, scalar_rng
-from swin_scale.data.order import as_bad
+from swin_scale.data.masking import Masking
+from swin_scale.data.order import EMPTY, as_bad
 from swin_scale.data.reader import BadSample, ImageReader
 from swin_scale.errors import SwinScaleError
 from swin_scale.shards import Manifest, ShardSet, load_index
@@ -41,17 +43,27 @@ class Recipe:
     seed: int
     max_pixels: int
     block: int
+    masking: Masking | None = None
+
+    @property
+    def mask_shape(self) -> tuple[int, int]:
+        """(rows, columns) of a sample's mask; (0, 0) without masks."""
+        return (0, 0) if self.masking is None else self.masking.shape(self.transform.height, self.transform.width)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some neighbouring slots of one batch. `row` is their first row in memory number `memory`."""
+    """Some neighbouring slots of one batch. `row` is their first row in memory number `memory`.
+
+    `reasons`: why the samples whose ids are coded by `as_bad` are left out, by sample id.
+    """
 
     epoch: int
     ids: np.ndarray
     copies: np.ndarray
     memory: int
     row: int
+    reasons: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,17 +75,24 @@ class Skipped:
     shard: str
     key: str
     reason: str
+    excluded: bool = False
+    """Left out on purpose: nothing is known to be wrong with its content."""
+
+    def row(self) -> dict[str, Any]:
+        """As one line of ``skipped.jsonl``."""
+        return {key: value for key, value in asdict(self).items() if key != "excluded" or value}
 
 
 @dataclass(frozen=True)
 class ChunkResult:
     """ids: (n,) as asked, bad samples coded by `as_bad`; labels: (n,) int64, -1 in empty slots; boxes: (n, k, 4) int16;
-    noise_keys: (n,) int64."""
+    noise_keys: (n,) int64; masks: (n, *mask_shape) uint8, zeros in empty slots."""
 
     ids: np.ndarray
     labels: np.ndarray
     boxes: np.ndarray
     noise_keys: np.ndarray
+    masks: np.ndarray
     skipped: list[Skipped]
 
 
@@ -91,19 +110,24 @@ class Producer:
 
     def fill(self, chunk: Chunk, out: np.ndarray) -> ChunkResult:
         """Write the images of `chunk` to out, (n, 3, H, W) uint8; empty slots become zeros. Raises DataError."""
-        seed, transform = self.recipe.seed, self.recipe.transform
+        seed, transform, masking = self.recipe.seed, self.recipe.transform, self.recipe.masking
         count = len(chunk.ids)
         result = ChunkResult(
             ids=chunk.ids.copy(),
             labels=np.full(count, -1, np.int64),
             boxes=np.zeros((count, transform.boxes, 4), np.int16),
             noise_keys=np.zeros(count, np.int64),
+            masks=np.zeros((count, *self.recipe.mask_shape), np.uint8),
             skipped=[],
         )
         self.reader.read_ahead(chunk.ids[chunk.ids >= 0])
         for slot, (sample_id, copy) in enumerate(zip(chunk.ids.tolist(), chunk.copies.tolist())):
             if sample_id < 0:
                 out[slot] = 0
+                if sample_id != EMPTY:
+                    left_out = int(as_bad(sample_id))
+                    place = self.reader.describe(left_out)
+                    result.skipped.append(Skipped(left_out, *place, chunk.reasons[left_out], excluded=True))
                 continue
             key = (seed, chunk.epoch, sample_id, copy)
             rng = scalar_rng("augment", *key)
@@ -123,6 +147,9 @@ class Producer:
             result.labels[slot] = encoded.label
             result.boxes[slot, : len(boxes)] = np.asarray(boxes, np.int16).reshape(-1, 4)
             result.noise_keys[slot] = np.uint64(key64("erase", *key)).astype(np.int64)
+            if masking is not None:
+                size = transform.height, transform.width
+                result.masks[slot] = masking.draw(*size, epoch=chunk.epoch, sample=sample_id, copy=copy)
         return result
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from swin_scale.engine.experts import ExpertParallel
 from swin_scale.errors import CheckpointError
 from swin_scale.kernels import Mode
 from swin_scale.models import create_model
+from swin_scale.models.simmim import SimMIM
 from swin_scale.models.swin import Swin
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def build_model(
     weights: str | None = None,
     experts: ExpertParallel | None = None,
     kernels: Mode | None = None,
-) -> tuple[Swin, Values | None]:
+    create: Callable[..., Swin | SimMIM] = create_model,
+) -> tuple[Swin | SimMIM, Values | None]:
     """(model, values) for `Engine`, initialised from `run.seed`, or from the file `weights` by `init.head`.
 
     Under ZeRO-3 the model is on the meta device and the values are for the engine to cut up one by one: None means
@@ -40,13 +42,14 @@ def build_model(
         overrides: of the named variant, as a checkpoint describes its model.
         experts: how its experts are spread over ranks, each of which reads its own.
         kernels: what the ranks agreed on (`choose_kernels`); None: engine.kernels, judged by each rank for itself.
+        create: makes the model of its name and options.
 
     Raises CheckpointError on all ranks when `weights` do not fit.
     """
     recompute = config.engine.activation_checkpointing
     groups = experts.model_options() if experts is not None else {}
     build = partial(
-        create_model,
+        create,
         config.model.name,
         seed=config.run.seed,
         activation_checkpointing=recompute,
@@ -56,10 +59,12 @@ def build_model(
         **overrides,
     )
 
-    def build_from_weights() -> Swin:
+    def build_from_weights() -> Swin | SimMIM:
         model = build()
         if weights is not None:
-            logger.info("%s", load_weights(model, weights, head=config.init.head, upcycle=config.init.upcycle))
+            kind = "ema" if config.init.ema else "master"
+            report = load_weights(model, weights, head=config.init.head, kind=kind, upcycle=config.init.upcycle)
+            logger.info("%s", report)
         return model
 
     if config.engine.zero_stage < 3:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from swin_scale.engine.devices import choose_device, mismatch, place
 from swin_scale.engine.layout import Layout, expand_nodelist, read_env
 from swin_scale.errors import PeerLostError, UserError
 
@@ -42,6 +43,8 @@ _PEER_LOSS = (
     "ncclsystemerror",
 )
 """Parts of the messages by which gloo, NCCL and the store report a peer, in lower case."""
+_MISUSE = ("invalid usage", "invalid argument")
+"""What NCCL says in its first line of a call that is wrong on this rank, and would be again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,11 @@ class Dist:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def layout(self) -> Layout:
+        """Where this process stands, without the way by which it joined."""
+        return Layout(rank=self.rank, world=self.world, local_rank=self.local_rank, local_world=self.local_world)
 
     def gather_json(self, tag: str, obj: Any, timeout_s: float | None = None) -> list[Any] | None:
         """Collect one JSON value per rank on rank 0 (in rank order; None elsewhere) through the store.
@@ -94,6 +102,10 @@ class Dist:
                 what = f"broadcast of {tag!r}"
                 text = _publish(self.store, prefix, self.rank, self.world, text, what, self._limit(timeout_s))
         return json.loads(text)
+
+    def key(self, tag: str) -> str:
+        """A key of `store` that no other exchange uses; the same on all ranks."""
+        return self._prefix(tag)
 
     def barrier(self, tag: str, timeout_s: float | None = None) -> None:
         """Wait through the store until all ranks arrived; PeerLostError on every rank names those that did not."""
@@ -129,7 +141,7 @@ class Dist:
     def close(self, *, failed: bool = False) -> None:
         """Leave the process groups. Pass `failed` on the way out of an error: then nobody is waited for."""
         if self.world > 1 and not failed:
-            self._say_goodbye()
+            _say_goodbye(self.store, self.world, self.serves_store)
         # Destroying an NCCL group waits for collectives that a lost peer will never finish; exiting ends them.
         if torch.distributed.is_initialized() and not (failed and self.backend == "nccl"):
             torch.distributed.destroy_process_group()
@@ -145,17 +157,6 @@ class Dist:
 
     def _limit(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else timeout_s
-
-    def _say_goodbye(self) -> None:
-        try:
-            if not self.serves_store:
-                self.store.add("swin_scale/goodbye", 1)
-                return
-            deadline = time.monotonic() + GOODBYE_S
-            while self.store.add("swin_scale/goodbye", 0) < self.world - 1 and time.monotonic() < deadline:
-                time.sleep(0.005)
-        except RuntimeError as error:
-            logger.debug("store gone before goodbye: %s", error)
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world > 1:
@@ -176,10 +177,10 @@ def init(layout: Layout, *, timeout_s: float, device: str | None = None) -> Dist
     """Join the run: meet on a TCPStore, create the default process group (and a gloo group beside NCCL).
 
     `device` is `cuda` or `cpu`; unset takes CUDA when there is one. DeepSpeed finds torch.distributed initialised then.
-    Raises UserError for a master name that does not resolve, a taken port or a missing device, and PeerLostError,
-    naming them, when not all ranks arrive within `timeout_s` seconds.
+    Raises UserError for a master name that does not resolve, a taken port, a missing or a shared device, and
+    PeerLostError, naming them, when not all ranks arrive within `timeout_s` seconds or some alone have no GPU.
     """
-    chosen = _choose_device(layout, device)
+    chosen = choose_device(layout, device)
     timeout = timedelta(seconds=timeout_s)
     serves = layout.world > 1 and layout.rank == 0 and not layout.agent_store
     store = _meet(layout, timeout_s) if layout.world > 1 else torch.distributed.HashStore()
@@ -187,6 +188,7 @@ def init(layout: Layout, *, timeout_s: float, device: str | None = None) -> Dist
     with peer_loss("joining the run"):
         if layout.world > 1:
             _barrier(store, "swin_scale/hello", layout.rank, layout.world, "joining the run", timeout_s)
+            _compare_devices(store, layout, chosen, timeout_s)
         torch.distributed.init_process_group(
             backend, store=store, rank=layout.rank, world_size=layout.world, timeout=timeout
         )
@@ -208,20 +210,10 @@ def init(layout: Layout, *, timeout_s: float, device: str | None = None) -> Dist
     )
 
 
-def device_index(local_rank: int, visible: int) -> int:
-    """CUDA device of a local rank: its own one when the launcher shows each task a single GPU; raises UserError."""
-    if visible == 1:
-        return 0
-    if local_rank >= visible:
-        raise UserError(
-            f"local rank {local_rank} needs a GPU of its own, but {visible} are visible; start at most {visible} "
-            "processes on this machine"
-        )
-    return local_rank
-
-
 def is_peer_loss(error: BaseException) -> bool:
     """Whether an error of a collective or the store says that another process died or hung."""
+    if isinstance(error, torch.distributed.DistBackendError):
+        return not any(sign in str(error).partition("\n")[0].lower() for sign in _MISUSE)
     if isinstance(error, PeerLostError | torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _PEER_LOSS)
@@ -229,13 +221,28 @@ def is_peer_loss(error: BaseException) -> bool:
 
 @contextmanager
 def peer_loss(what: str) -> Iterator[None]:
-    """Turn the errors by which torch reports a dead or hung peer into PeerLostError; `what` says what was going on."""
+    """Turn the errors by which torch reports a dead or hung peer into PeerLostError; `what` says what was going on.
+
+    The same for an error of this rank's own GPU, such as uncorrectable memory. One that comes back on every GPU ends a
+    chain of jobs too: three restarts without a newer checkpoint are its last. Too little GPU memory is a UserError.
+    """
     try:
         yield
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{what}: not enough GPU memory on {socket.gethostname()} ({reason}); set a smaller train.micro_batch "
+                "(auto is all of a rank's share), engine.activation_checkpointing=block or a higher engine.zero_stage; "
+                "`swin-scale plan --search` names what fits"
+            ) from error
+        if isinstance(error, torch.AcceleratorError):
+            raise PeerLostError(
+                f"{what}: the GPU of this rank on {socket.gethostname()} failed ({reason}); start the same command "
+                "again, without that machine if it fails again"
+            ) from error
         if not is_peer_loss(error):
             raise
-        reason = str(error).partition("\n")[0]
         raise PeerLostError(f"{what}: another rank died or hung ({reason}); start the same command again") from error
 
 
@@ -307,17 +314,37 @@ def _lost(what: str, ranks: Sequence[int], timeout_s: float) -> PeerLostError:
     return PeerLostError(f"{what}: no answer from rank {names} within {timeout_s:g} s; start the same command again")
 
 
+def _say_goodbye(store: torch.distributed.Store, world: int, serves: bool) -> None:
+    """Tell rank 0 that the store is no longer needed here; whoever serves it waits for the others."""
+    try:
+        if not serves:
+            store.add("swin_scale/goodbye", 1)
+            return
+        deadline = time.monotonic() + GOODBYE_S
+        while store.add("swin_scale/goodbye", 0) < world - 1 and time.monotonic() < deadline:
+            time.sleep(0.005)
+    except RuntimeError as error:
+        logger.debug("store gone before goodbye: %s", error)
+
+
 # -- joining -----------------------------------------------------------------------------------------------------------
 
 
-def _choose_device(layout: Layout, device: str | None) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible; check the driver and CUDA_VISIBLE_DEVICES")
-    if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    chosen = torch.device("cuda", device_index(layout.local_rank, torch.cuda.device_count()))
-    torch.cuda.set_device(chosen)
-    return chosen
+def _compare_devices(store: torch.distributed.Store, layout: Layout, device: torch.device, timeout_s: float) -> None:
+    """Rank 0 hears what each rank computes on, and all raise what is wrong with that."""
+    what, prefix = "comparing devices", "swin_scale/devices"
+    keys = [f"{prefix}/{rank}" for rank in range(layout.world)]
+    store.set(keys[layout.rank], json.dumps(place(device)))
+    verdict = ""
+    if layout.rank == 0:
+        _collect(store, keys, what, timeout_s)
+        error = mismatch([tuple(json.loads(value)) for value in store.multi_get(keys)])
+        verdict = json.dumps(None if error is None else (isinstance(error, UserError), str(error)))
+        _delete(store, keys)
+    found = json.loads(_publish(store, prefix, layout.rank, layout.world, verdict, what, timeout_s))
+    if found is not None:
+        _say_goodbye(store, layout.world, layout.rank == 0 and not layout.agent_store)  # all hear it before it is gone
+        raise (UserError if found[0] else PeerLostError)(found[1])
 
 
 def _meet(layout: Layout, timeout_s: float) -> torch.distributed.Store:

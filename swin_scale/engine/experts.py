@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed
@@ -17,8 +18,10 @@ from torch.distributed import ProcessGroup
 
 from swin_scale.config import MoE
 from swin_scale.engine.dist import Dist
+from swin_scale.moe.comm import Waiting
 from swin_scale.moe.layer import MoEMlp
 from swin_scale.moe.tutel import TutelMoEMlp
+from swin_scale.sections import Section, Sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +54,12 @@ class ExpertParallel:
     """The ranks over whose tokens balance is judged; None for this rank alone."""
     backend: str
     """Whose layers they are, ``moe.backend``."""
+    waiting: Waiting | None = None
+    """Entered while a layer waits for rows of other ranks."""
 
     @classmethod
-    def create(cls, dist: Dist, moe: MoE) -> ExpertParallel:
-        """Make the groups; all ranks call this together. `moe.ep_size` divides the ranks."""
+    def create(cls, dist: Dist, moe: MoE, sections: Sections | None = None) -> ExpertParallel:
+        """Make the groups; all ranks call this together. `moe.ep_size` divides the ranks. `sections` hear of waits."""
         size, world = moe.ep_size, dist.world
         group = data_group = None
         # Tutel takes a missing group for all ranks.
@@ -70,11 +75,17 @@ class ExpertParallel:
             data_group=data_group,
             aux_group=torch.distributed.group.WORLD if over_all else None,
             backend=moe.backend,
+            waiting=None if sections is None else partial(sections, Section.ALL_TO_ALL),
         )
 
     def model_options(self) -> dict[str, Any]:
         """What `create_model` is told of it."""
-        return {"ep_group": self.group, "aux_group": self.aux_group, "moe_backend": self.backend}
+        return {
+            "ep_group": self.group,
+            "aux_group": self.aux_group,
+            "moe_backend": self.backend,
+            "waiting": self.waiting,
+        }
 
     def held(self, model: nn.Module) -> dict[nn.Parameter, Held]:
         """The part that this rank holds of every expert parameter; empty at size 1."""

@@ -30,15 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from swin_scale.engine.experts import ExpertParallel, Held
-from swin_scale.engine.pieces import Fragments, Piece, ReplicatedFragments
+from swin_scale.engine.pieces import LOSS_SCALER_STATE, Fragments, Piece, ReplicatedFragments
 from swin_scale.errors import UserError
 
 SUPPORTED = ((0, 19, 8), (0, 20))
 
 
-def import_deepspeed(on_gpu: bool, local_rank: int) -> Any:
+def import_deepspeed(on_gpu: bool) -> Any:
     """DeepSpeed, checked for its version and kept from compiling CPU kernels at start; raises UserError."""
-    os.environ["LOCAL_RANK"] = str(local_rank)
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -51,10 +50,29 @@ def import_deepspeed(on_gpu: bool, local_rank: int) -> Any:
     seen = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
     if not SUPPORTED[0] <= seen < SUPPORTED[1]:
         raise UserError(f"deepspeed is {deepspeed.__version__}; pip install 'deepspeed>=0.19.8,<0.20'")
-    # Its shared-memory collectives serve CPU inference only, and cost a C++ build at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not on_gpu:
+        # Its shared-memory collectives serve CPU inference only, and cost a C++ build at the first start. On a GPU they
+        # are not asked for, and naming this table would probe all operators, compilers included.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon_uncompiled()
     return deepspeed
+
+
+@contextmanager
+def local_rank_set(local_rank: int) -> Iterator[None]:
+    """The variable LOCAL_RANK, from which DeepSpeed takes its device, is `local_rank`; afterwards what it was before.
+
+    Left behind, it would be half of torchrun's variables to whoever reads the environment next.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _import_muon_uncompiled() -> None:
@@ -83,6 +101,7 @@ class LossScale:
         """`optimizer`: DeepSpeed's, of any precision; one that scales no loss is left alone."""
         self._scaler: Any = getattr(optimizer, "loss_scaler", None)
         self._grown: float | None = None
+        self._before: dict[str, Any] = {}
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False
             self._update = self._scaler.update_scale
@@ -90,6 +109,7 @@ class LossScale:
 
     def _hold_back(self, overflow: bool) -> None:
         before = self._scaler.cur_scale
+        self._before = {key: getattr(self._scaler, key) for key in LOSS_SCALER_STATE if hasattr(self._scaler, key)}
         self._update(overflow)
         if self._scaler.cur_scale > before:
             self._grown, self._scaler.cur_scale = self._scaler.cur_scale, before
@@ -98,6 +118,11 @@ class LossScale:
         """By as much as is due; to be called after every step of DeepSpeed's."""
         if self._grown is not None:
             self._scaler.cur_scale, self._grown = self._grown, None
+
+    def undo(self) -> None:
+        """The last step never was: its overflow says nothing of the scale."""
+        for key, value in self._before.items():
+            setattr(self._scaler, key, value)
 
 
 @contextmanager
@@ -209,6 +234,15 @@ class ShardedFragments(Fragments):
             found.append(Piece(name=name, parameter=parameter, start=start, master=master, moments=moments))
         return found
 
+    def replicas(self) -> list[tuple[str, Tensor, Held | None]]:
+        # Parameters below its threshold stay whole on every rank, but each update gathers them anew from their parts.
+        return []
+
+    def _values(self) -> list[tuple[str, Tensor]]:
+        # What is gathered for now counts by both.
+        parameters: list[tuple[str, Any]] = list(self._module.named_parameters())
+        return super()._values() + [(name, parameter.ds_tensor.data) for name, parameter in parameters]
+
     def _flat(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         zero = self._optimizer
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -261,3 +295,15 @@ def materialize(
             full.copy_(value)
         torch.utils.swap_tensors(parameter, nn.Parameter(full, requires_grad=parameter.requires_grad))
         cutter._convert_to_zero_parameters([parameter])
+
+
+def release(engine: Any, optimizer: Any) -> None:
+    """Free what DeepSpeed's engine and its optimizer hold: they and the parameters refer to each other through nodes of
+    the autograd graph, where Python's collector does not see it."""
+    parameters = list(engine.module.parameters())
+    engine.destroy()
+    for parameter in parameters:
+        parameter.data = parameter.data.new_empty(0)
+        vars(parameter).clear()
+    vars(optimizer).clear()
+    vars(engine).clear()

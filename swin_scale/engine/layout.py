@@ -117,9 +117,11 @@ def _from_slurm(environ: Mapping[str, str]) -> Layout:
         if "MASTER_PORT" in environ:
             master_port = _port(environ)
         else:
-            # Below Linux's ephemeral range (32768 up); two steps of one job must not meet.
+            # Below Linux's ephemeral range (32768 up); two steps of one job must not meet, nor may two generations of
+            # a requeued job, whose steps count from 0 again.
             job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
-            master_port = 12000 + (job + 101 * step) % 20000
+            restart = _integer(environ, "SLURM_RESTART_COUNT") if environ.get("SLURM_RESTART_COUNT") else 0
+            master_port = 12000 + (job + 101 * step + 4999 * restart) % 20000
     return Layout(
         rank=_integer(environ, "SLURM_PROCID"),
         world=world,
@@ -150,6 +152,11 @@ def _tasks_on_this_node(environ: Mapping[str, str], world: int | None) -> int:
         if match is None:
             raise UserError(f"{name} is {text!r}; expected counts like 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
+    if world is not None and len(set(counts)) > 1:
+        raise UserError(
+            f"{name}={text} places tasks unevenly, which `srun` does without being told otherwise; start them with "
+            "--ntasks-per-node, one task per GPU"
+        )
     if world is not None and sum(counts) != world:
         raise UserError(f"{name}={text} adds up to {sum(counts)} tasks, but this step has {world}; unset it")
     node = _integer(environ, "SLURM_NODEID")

@@ -7,6 +7,7 @@ step itself never waits for the device.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -18,7 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from swin_scale.files import write_atomic
 from swin_scale.log import JsonLines, Row
 from swin_scale.report.palette import paint
 
@@ -31,6 +34,8 @@ STEP_KEYS = (
 """Keys that every step row has; models add their own, such as routing figures."""
 HEAT_MAP_PIXELS = 128
 """At least so many along the longer side of a heat map."""
+LOSSLESS_PIXELS = 300_000
+"""Of a picture; larger ones are kept at a quality of 85."""
 _SPEED_KEYS = ("images_per_s", "mfu", "data_wait_s", "step_s", "mem_gb")
 _NOT_DRAWN = ("step", "samples", "batch_digest")
 
@@ -41,6 +46,7 @@ class MetricWriter:
     def __init__(self, run_dir: Path, *, enabled: bool = True, tensorboard: bool = True) -> None:
         self._lines = JsonLines(run_dir / "metrics.jsonl") if enabled else None
         self._tensorboard = _TensorBoard(run_dir / "tb") if enabled and tensorboard else None
+        self._pictures = run_dir / "pictures"
         self._pending: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -71,10 +77,33 @@ class MetricWriter:
             prefix = "_".join([name, *(value for value in (fields.get("weights"),) if value not in (None, "master"))])
             self._tensorboard.scalars(step, {f"{prefix}/{key}": value for key, value in numbers.items()})
 
+    def figure(self, tag: str, value: float, step: int) -> None:
+        """Draw one number in TensorBoard only."""
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, {tag: value})
+
     def images(self, tag: str, images: torch.Tensor, step: int = 0) -> None:
         """Draw a batch (B, 3, H, W) uint8 as one picture in TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.image(tag, image_grid(images), step)
+
+    def picture(self, picture: torch.Tensor, step: int) -> str | None:
+        """Keep a picture (3, H, W) uint8 as a file below ``pictures/`` and in TensorBoard; returns its name.
+
+        None on ranks that are not enabled, and where the file cannot be written, which ends no run.
+        """
+        if self._tensorboard is not None:
+            self._tensorboard.image("pictures", picture, step)
+        if self._lines is None:
+            return None
+        path = self._pictures / f"step_{step:08d}.webp"
+        try:
+            self._pictures.mkdir(exist_ok=True)
+            write_atomic(path, encoded(picture))
+        except OSError as error:
+            logger.error("%s cannot be written (%s)", path, error.strerror or error)
+            return None
+        return f"{self._pictures.name}/{path.name}"
 
     def heat_map(self, tag: str, values: np.ndarray, step: int) -> None:
         """Draw a map (H, W) of numbers from 0 up as a picture in TensorBoard: from 0, pale, to its maximum, dark."""
@@ -82,6 +111,11 @@ class MetricWriter:
             size = -(-HEAT_MAP_PIXELS // max(values.shape))
             picture = paint(values, values.max()).repeat(size, axis=0).repeat(size, axis=1)
             self._tensorboard.image(tag, torch.tensor(picture).permute(2, 0, 1), step)
+
+    def go_back(self, step: int) -> None:
+        """Rows from `step` on come again: ``metrics.jsonl`` keeps both, TensorBoard the new ones."""
+        if self._tensorboard is not None:
+            self._tensorboard.go_back(step)
 
     def close(self) -> None:
         self.flush()
@@ -121,10 +155,17 @@ class _TensorBoard:
             if writer is not None:
                 writer.add_image(tag, image, step)
 
+    def go_back(self, step: int) -> None:
+        """What was written for the steps from `step` on is hidden, by a new writer."""
+        self.close()
+        with self._stopping_when_full():
+            self._open(step)
+
     def close(self) -> None:
         with self._stopping_when_full():
             if self._writer is not None:
-                self._writer.close()
+                writer, self._writer = self._writer, None
+                writer.close()
 
     @contextlib.contextmanager
     def _stopping_when_full(self) -> Iterator[None]:
@@ -184,17 +225,28 @@ def _as_dtype(number: float, tensor: torch.Tensor) -> float | int | bool:
     return number if tensor.is_floating_point() else int(number)
 
 
-def image_grid(images: torch.Tensor, *, limit: int = 64, gap: int = 2) -> torch.Tensor:
-    """The first `limit` of a batch (B, 3, H, W) uint8 as one picture (3, H', W'), row by row, framed in white."""
+def image_grid(images: torch.Tensor, *, columns: int | None = None, limit: int = 64, gap: int = 2) -> torch.Tensor:
+    """The first `limit` of a batch (B, 3, H, W) uint8 as one picture (3, H', W'), row by row, framed in white.
+
+    `columns`: images of a row; default: as many as there are rows.
+    """
     images = images[:limit].cpu()
     count, channels, height, width = images.shape
-    columns = math.isqrt(count - 1) + 1
+    columns = columns or math.isqrt(max(count - 1, 0)) + 1
     rows = -(-count // columns)
     grid = torch.full((rows * columns, channels, height + gap, width + gap), 255, dtype=torch.uint8)
     grid[:count, :, gap:, gap:] = images
     grid = grid.view(rows, columns, channels, height + gap, width + gap).permute(2, 0, 3, 1, 4)
     picture = grid.reshape(channels, rows * (height + gap), columns * (width + gap))
     return torch.nn.functional.pad(picture, (0, gap, 0, gap), value=255)
+
+
+def encoded(picture: torch.Tensor) -> bytes:
+    """A picture (3, H, W) uint8 as WebP: without loss where it is small, else at a tenth of a PNG's size."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(picture.cpu().permute(1, 2, 0).contiguous().numpy())
+    image.save(buffer, "WEBP", lossless=image.width * image.height <= LOSSLESS_PIXELS, quality=85)
+    return buffer.getvalue()
 
 
 # -- speed and memory --------------------------------------------------------------------------------------------------

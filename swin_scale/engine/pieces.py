@@ -27,6 +27,15 @@ GATHER_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run began with on this rank, kept in host memory until there is a checkpoint: 4 bytes for each element of
+    its pieces."""
+
+    masters: tuple[Tensor, ...]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Piece:
     """The part of one parameter whose master copy this rank keeps; a frozen parameter's has no moments."""
 
@@ -139,11 +148,54 @@ class Fragments(ABC):
             kind = "ema" if "ema" in kinds else "master"
             for piece, average in zip(self.pieces(), self._ema, strict=True):
                 checkpoint.read(kind, piece.name, piece.global_start, average.numel(), out=average)
+        self._scale(state)
+        self._publish()
+
+    def _scale(self, state: Mapping[str, Any]) -> None:
+        """The loss scaler as `state` has it."""
         scaler = getattr(self._optimizer, "loss_scaler", None)
         for key, value in state["loss_scaler"].items():
             if hasattr(scaler, key):
                 setattr(scaler, key, value)
+
+    def start(self) -> Start:
+        """To be taken before the first update, for `rewind`."""
+        masters = tuple(piece.master.detach().to("cpu", copy=True) for piece in self._targets())
+        return Start(masters=masters, state=self.state())
+
+    @torch.no_grad()
+    def rewind(self, start: Start) -> None:
+        """Masters, moments, moving averages and scaler as they were before the first update."""
+        self._create_moments(0.0)
+        for piece, master in zip(self._targets(), start.masters, strict=True):
+            piece.master.copy_(master)
+            for moment in piece.moments.values():
+                moment.zero_()
+        for average, piece in zip(self._ema, self.pieces()):
+            average.copy_(piece.master)
+        self._scale(start.state)
         self._publish()
+
+    @torch.no_grad()
+    def not_finite(self) -> list[str]:
+        """The parameters of which something on this rank is not finite: values, master, moments or average."""
+        pieces, held = self.pieces(), self._values()
+        held += [(piece.name, part) for piece in pieces for part in (piece.master, *piece.moments.values())]
+        held += [(piece.name, average) for piece, average in zip(pieces, self._ema)]
+        if not held:
+            return []
+        # One wait for the device, wherever the tensors are.
+        device = held[0][1].device
+        sound = torch.stack([tensor.isfinite().all().to(device) for _, tensor in held]).tolist()
+        return list(dict.fromkeys(name for (name, _), fine in zip(held, sound) if not fine))
+
+    def replicas(self) -> list[tuple[str, Tensor, Held | None]]:
+        """What the forward pass reads and other ranks hold too: (name, values, the part of experts if not of all)."""
+        return [(name, p.data, self._held.get(p)) for name, p in self._module.named_parameters()]
+
+    def _values(self) -> list[tuple[str, Tensor]]:
+        """What the forward pass reads of each parameter on this rank."""
+        return [(name, parameter.data) for name, parameter in self._module.named_parameters()]
 
     def _targets(self) -> list[Piece]:
         """The pieces that loading fills."""

@@ -24,7 +24,9 @@ from swin_scale.engine.dist import Dist
 from swin_scale.engine.engine import StepResult
 from swin_scale.engine.metrics import MetricWriter, Progress, StepClock
 from swin_scale.engine.routing import RoutingLog, RoutingRecord
+from swin_scale.engine.stragglers import Report, StragglerWatch
 from swin_scale.errors import DataError
+from swin_scale.sections import Sections
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,9 @@ class StepLog:
         *,
         total_steps: int,
         flops_per_image: float,
+        sections: Sections,
     ) -> None:
-        """`flops_per_image`: multiply-adds of one forward."""
+        """`flops_per_image`: multiply-adds of one forward. `sections`: the clock by which ranks are compared."""
         self._dist, self._stream = dist, stream
         self._writer = MetricWriter(run_dir, enabled=dist.is_main, tensorboard=config.train.tensorboard)
         self._ledger = SkipLedger(run_dir / "skipped.jsonl", max_rate=config.data.max_bad_rate)
@@ -54,6 +57,7 @@ class StepLog:
         world = torch.distributed.group.WORLD
         assert world is not None, "StepLog before dist.init"
         self._routing = RoutingLog(world, total_steps=total_steps)
+        self._stragglers = StragglerWatch(sections, dist, every=config.health.stragglers_every)
         self._maps = 0
         self._progress: Progress | None = None
         self._total_steps = total_steps
@@ -63,12 +67,18 @@ class StepLog:
     def start(self, step: int) -> None:
         """Training begins at `step`: set-up is not a step's time."""
         if self._dist.is_main:
+            if self._progress is not None:
+                self._progress.close()
             self._progress = Progress(self._total_steps, initial=step)
         self._clock.restart()
+        self._stragglers.restart()
 
     def add(self, batch: Batch, result: StepResult) -> None:
         """Remember one step."""
-        self.skips_in_a_row = self.skips_in_a_row + 1 if result.skipped else 0
+        if not result.skipped:
+            self.skips_in_a_row = 0
+        elif result.valid_samples > 0:  # a batch that was left out is no sign of trouble
+            self.skips_in_a_row += 1
         order = self._stream.order
         in_epoch = (batch.step % self._stream.steps_per_epoch + 1) * order.global_batch
         row = {
@@ -86,8 +96,10 @@ class StepLog:
         if result.aux_loss is not None:
             row["aux_loss"] = result.aux_loss
         self._routing.add(result.routing)
+        self._stragglers.step()
         # The images go back to the loader; only what the diary needs is kept.
-        self._pending.append((dataclasses.replace(batch, images=torch.empty(0, dtype=torch.uint8)), row))
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self._pending.append((dataclasses.replace(batch, images=nothing, masks=nothing), row))
 
     def flush(self, *, save_due: bool = False) -> bool:
         """Write what is pending; returns whether rank 0 says that a checkpoint is due.
@@ -104,6 +116,7 @@ class StepLog:
         if self._dist.any_rank(any(mine)):
             skipped = self._dist.gather_json("skipped samples", mine)
         routing = self._routing.flush(pending[-1][1]["step"], sum(row["step_s"] for _, row in pending))
+        compared = self._stragglers.report()
         problem = None
         if self._dist.is_main:
             if routing is not None:
@@ -115,6 +128,8 @@ class StepLog:
             if routing is not None:
                 with self._routing.on_account():
                     self._routing_events(rows[-1]["step"], routing)
+            if compared is not None:
+                self._straggler_events(rows[-1]["step"], compared)
             problem = self._keep_ledger([batch for batch, _ in pending], by_rank, skipped)
             if self._progress is not None:
                 self._progress.update(rows[-1]["step"], rows[-1])
@@ -132,7 +147,7 @@ class StepLog:
             except DataError as error:
                 return str(error)
             for record in records:
-                self._writer.event("skipped_sample", batch.step + 1, **dataclasses.asdict(record))
+                self._writer.event("skipped_sample", batch.step + 1, **record.row())
         return None
 
     def _routing_events(self, step: int, routing: RoutingRecord) -> None:
@@ -148,6 +163,12 @@ class StepLog:
                     if layer["dropped"] is not None:
                         self._writer.heat_map(f"moe/{name}/dropped", np.array(layer["dropped"]), step)
 
+    def _straggler_events(self, step: int, compared: Report) -> None:
+        self._writer.event("stragglers", step, **compared.fields)
+        for slow in compared.begun:
+            logger.warning("step %d: %s", step, slow)
+            self._writer.event("slow_rank", step, **slow.row())
+
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Write an event after the pending rows, and leave its time out of the next step's."""
         self.flush()
@@ -155,6 +176,15 @@ class StepLog:
         if self._dist.is_main:
             logger.info("%s at step %d: %s", name, step, ", ".join(f"{k} {_short(v)}" for k, v in fields.items()))
         self._clock.restart()
+
+    def picture(self, picture: torch.Tensor, step: int) -> None:
+        """Keep a picture (3, H, W) uint8 of what the model makes of images."""
+        name = self._writer.picture(picture, step)
+        self.event("picture", step, file=name)
+
+    def figure(self, tag: str, value: float, step: int) -> None:
+        """Draw one number in TensorBoard; on rank 0, which alone may know it."""
+        self._writer.figure(tag, value, step)
 
     def first_batch(self, images: torch.Tensor) -> None:
         """Draw the first batch, as rank 0 sees it before mixing."""
@@ -171,6 +201,13 @@ class StepLog:
         self.skips_in_a_row = int(state["skips_in_a_row"])
         self._ledger.seen, self._ledger.bad = int(state["ledger"]["seen"]), int(state["ledger"]["bad"])
         self._routing.watch.restore(state.get("routers", {}))  # checkpoints of dense models may lack it
+
+    def go_back(self, state: Mapping[str, Any], step: int) -> None:
+        """Take up an earlier `state`, that after `step` steps: the rows from there on come again."""
+        self.flush()
+        self.restore(state)
+        self._writer.go_back(step + 1)
+        self.start(step)
 
     def __enter__(self) -> StepLog:
         return self

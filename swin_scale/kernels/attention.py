@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swin_scale.kernels import tuning
+from swin_scale.kernels.attention_backward import attention_backward, shared_arguments
 from swin_scale.kernels.reference import Size
 
 
@@ -63,24 +64,8 @@ def launch_forward(
     chip = tuning.chip_of(qkv.device)
     tiles = tuning.tiles("forward", tuning.Shape(N, head_dim, qkv.dtype), chip)
     arguments = {
-        "qkv": qkv,
-        "scale": scale,
         "out": out,
-        "seed": seed,
-        "threshold": int(dropout * 2**32),
-        "kept": 1 / (1 - dropout),
-        "windows": windows,
-        "heads": heads,
-        "H": H,
-        "W": W,
-        "shift_y": shift_size[0],
-        "shift_x": shift_size[1],
-        "WH": window_size[0],
-        "WW": window_size[1],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": tuning.power_of_two(head_dim),
-        "COSINE": cosine,
-        "DROPOUT": dropout > 0,
+        **shared_arguments(qkv, scale, heads, window_size, shift_size, cosine, dropout, seed),
         **(tiles.for_dropout() if dropout else tiles).options(),
     }
     # Triton launches on the current device, which need not be the tensors'.
@@ -113,8 +98,6 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _grads(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    from swin_scale.kernels.attention_backward import attention_backward
-
     constants = (None,) * 6
     if grad is None:
         return None, None, None, *constants

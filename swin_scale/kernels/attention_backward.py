@@ -10,6 +10,7 @@ It is an operator of its own, so that tracing and compilation see one opaque nod
 kernels and the formulae; it imports Triton and is imported when one is to run.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,26 +84,7 @@ def launch(
     grad, qkv, scale, bias = grad.contiguous(), qkv.contiguous(), scale.contiguous(), bias.contiguous()
     shape = tuning.Shape(N, head_dim, qkv.dtype)
     d_qkv = torch.empty_like(qkv)
-    arguments = {
-        "grad": grad,
-        "qkv": qkv,
-        "scale": scale,
-        "seed": seed,
-        "threshold": int(dropout * 2**32),
-        "kept": 1 / (1 - dropout),
-        "windows": windows,
-        "heads": heads,
-        "H": H,
-        "W": W,
-        "shift_y": shift_size[0],
-        "shift_x": shift_size[1],
-        "WH": window_size[0],
-        "WW": window_size[1],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": tuning.power_of_two(head_dim),
-        "COSINE": cosine,
-        "DROPOUT": dropout > 0,
-    }
+    arguments = {"grad": grad, **shared_arguments(qkv, scale, heads, window_size, shift_size, cosine, dropout, seed)}
 
     def partial_sums(tiles: int, at_once: int) -> tuple[int, Tensor]:
         """(programs that share the windows of a tile of d bias, what they write their sums of it into).
@@ -171,6 +153,40 @@ def launch(
                 bias=bias, dbias=d_bias, slots=count, ATOMIC=not deterministic, **_sizes(tile), **arguments
             )
     return d_qkv, d_scale.sum(0).view_as(scale), d_bias[0] if len(d_bias) == 1 else d_bias.sum(0)
+
+
+def shared_arguments(
+    qkv: Tensor,
+    scale: Tensor,
+    heads: int,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    cosine: bool,
+    dropout: float,
+    seed: Tensor | None,
+) -> dict[str, Any]:
+    """What every kernel of window attention, forward and backward, is told of a call, by its parameters' names."""
+    B, H, W, C3 = qkv.shape
+    head_dim = C3 // 3 // heads
+    return {
+        "qkv": qkv,
+        "scale": scale,
+        "seed": seed,
+        "threshold": int(dropout * 2**32),
+        "kept": 1 / (1 - dropout),
+        "windows": B * H * W // (window_size[0] * window_size[1]),
+        "heads": heads,
+        "H": H,
+        "W": W,
+        "shift_y": shift_size[0],
+        "shift_x": shift_size[1],
+        "WH": window_size[0],
+        "WW": window_size[1],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": tuning.power_of_two(head_dim),
+        "COSINE": cosine,
+        "DROPOUT": dropout > 0,
+    }
 
 
 def _sizes(tile: tuning.Tiles) -> dict[str, Any]:

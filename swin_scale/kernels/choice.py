@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import os
+import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +18,8 @@ Mode = Literal["auto", "triton", "reference"]
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
+BLACKWELL, BLACKWELL_TRITON = (10, 0), (3, 9)
+"""On such GPUs older compilers (3.7.1 was tried) fail at a backward kernel of large windows in half precision."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 129, 8)
 MAX_TOKENS = 1024
@@ -89,9 +94,9 @@ def _ask(device: torch.device, dtype: torch.dtype, interpreted: bool) -> str | N
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "the package triton is not installed (pip install triton)"
-    wanted = ".".join(map(str, MIN_TRITON))
-    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
-        return f"triton {version} is too old; the kernels need {wanted} or later"
+    seen = tuple(int(part) for part in version.split(".")[:2])
+    if seen < MIN_TRITON:
+        return f"triton {version} is too old; the kernels need {'.'.join(map(str, MIN_TRITON))} or later"
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "the kernels are written for NVIDIA GPUs, and this build of torch is for AMD's"
@@ -103,6 +108,26 @@ def _ask(device: torch.device, dtype: torch.dtype, interpreted: bool) -> str | N
                 f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; the "
                 f"kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later"
             )
+        if capability >= BLACKWELL and seen < BLACKWELL_TRITON and dtype is not torch.float32:
+            wanted = ".".join(map(str, BLACKWELL_TRITON))
+            return (
+                f"triton {version} cannot compile them for {torch.cuda.get_device_name(device)} in half precision; "
+                f"triton {wanted} or later can"
+            )
+        return _why_no_stub()
+    return None
+
+
+def _why_no_stub() -> str | None:
+    """What keeps Triton from compiling its part of the driver, in C, at the first launch; it looks in these places."""
+    compiler = os.environ.get("CC")
+    if not any(map(shutil.which, ("gcc", "clang") if compiler is None else (compiler,))):
+        seen = "CC is not set" if compiler is None else f"CC={compiler} is none"
+        return f"Triton needs a C compiler at its first launch and finds none ({seen}; install gcc or clang)"
+    scheme = sysconfig.get_default_scheme()
+    include = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    if not Path(include, "Python.h").is_file():
+        return f"Triton needs {include}/Python.h at its first launch, which is not there (install python3-dev)"
     return None
 
 

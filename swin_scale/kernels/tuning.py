@@ -3,7 +3,7 @@
     tiles(kernel, shape, chip) = the user's table, else the table measured on that chip, else a heuristic
 
 The same shape gets the same tiles always, in a process and from run to run: nothing is timed behind the user's back,
-so results do not change either. A table is a JSON file, made by `write_table` and read when `TABLE` names it:
+so results do not change either. A table is a JSON file, made by ``swin-scale bench tune``, read when `TABLE` names it:
 
     {"chip": "NVIDIA H200",
      "tiles": {"forward N=144 d=32 float16": {"rows": 64, "columns": 32, "warps": 4, "stages": 2}}}
@@ -12,9 +12,10 @@ Tables of chips that were measured lie in `tables/` beside this file, named afte
 None has been measured yet.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -162,6 +163,22 @@ def window_group(windows: int, bytes_of_window: int, chip: Chip) -> int:
     return max(1, min(windows, chip.l2_bytes // 2 // bytes_of_window))
 
 
+@contextlib.contextmanager
+def using_table(path: Path) -> Iterator[None]:
+    """Within, the table at `path` goes before all else, as if `TABLE` named it: for whoever measures tiles."""
+    before = os.environ.get(TABLE)
+    os.environ[TABLE] = str(path)
+    tiles.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TABLE]
+        else:
+            os.environ[TABLE] = before
+        tiles.cache_clear()
+
+
 def write_table(path: Path, chip: Chip, table: Mapping[str, Tiles]) -> None:
     """Write a table for `TABLE`; its keys are made by `Shape.key`."""
     rows = {key: asdict(value) for key, value in sorted(table.items())}
@@ -182,7 +199,9 @@ def read_table(path: Path, chip: str) -> dict[str, Tiles]:
         table = {key: Tiles(**row) for key, row in content["tiles"].items()}
         measured_on = content["chip"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{TABLE}: {path} is no table of tiles ({error}); write it with tuning.write_table") from error
+        raise UserError(
+            f"{TABLE}: {path} is no table of tiles ({error}); write it with `swin-scale bench tune`"
+        ) from error
     if measured_on != chip:
         raise UserError(f"{TABLE}: {path} was measured on {measured_on}, this is {chip}; unset {TABLE} or tune again")
     for key, row in table.items():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from swin_scale.models.simmim import SimMIM
     from swin_scale.models.swin import Swin
+    from swin_scale.moe.comm import Waiting
     from swin_scale.moe.layer import MoEMlp
     from swin_scale.moe.tutel import TutelMoEMlp
 
@@ -24,6 +25,7 @@ def create_model(
     ep_group: "ProcessGroup | None" = None,
     aux_group: "ProcessGroup | None" = None,
     moe_backend: str = "native",
+    waiting: "Waiting | None" = None,
     **overrides: Any,
 ) -> "Swin":
     """The named model with `overrides` of any field of `Variant`: on the CPU in fp32, initialised from `seed`.
@@ -35,6 +37,7 @@ def create_model(
         ep_group: the ranks that share the experts, each building its own num_experts / size of them; None: all here.
         aux_group: the ranks over whose tokens the auxiliary loss is taken; None: this rank's own.
         moe_backend: `native` or `tutel`.
+        waiting: makes what is entered while tokens of other ranks are waited for.
         overrides: `moe` as a `MoEConfig` or as a mapping of its fields that change.
 
     Raises UserError for an unknown name or override, and for sizes that do not fit together.
@@ -47,7 +50,9 @@ def create_model(
     v = variant(name, **overrides)
     if v.family == "swin_mlp":
         return SwinMlp(v, seed)
-    layer = partial(_moe_mlp(v, moe_backend), ep_group=ep_group, aux_group=aux_group, kernels=v.kernels)
+    layer = partial(
+        _moe_mlp(v, moe_backend), ep_group=ep_group, aux_group=aux_group, kernels=v.kernels, waiting=waiting
+    )
     return Swin(v, seed, layer)
 
 

@@ -6,14 +6,19 @@ Names and shapes of parameters are the official ones: those of the encoder under
 and `decoder.0`.
 """
 
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_scale.errors import UserError
+from swin_scale.models.geometry import Stage
 from swin_scale.models.init import init_parameters
 from swin_scale.models.layers import PatchProjection, compute_dtype
 from swin_scale.models.swin import Swin
+from swin_scale.moe.stats import RoutingStats
 
 COUNT_FLOOR = 1e-5
 """Added to the number of masked pixels that the loss is divided by, as in the official code."""
@@ -44,26 +49,45 @@ class SimMIM(nn.Module):
         """Whether the encoder has experts, so that `forward` returns an auxiliary loss too."""
         return self.encoder.is_moe
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Of the encoder."""
+        return tuple(self.encoder.stages)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, *, output: Literal["loss", "losses", "drawing"] = "loss", stats: bool = False
+    ) -> Any:
         """The mean absolute error over masked pixels, 0-d, in fp32 at least; (loss, aux) for an encoder with experts.
 
+        All that a model is asked for goes through here: ZeRO-3 gathers the parameters of what is called, and, while it
+        is, those read off others, as the mask token is off the encoder.
+
         Args:
-            x: (B, in_chans, H, W), normalised images.
+            x: (B, in_chans, H, W), normalised images; the encoder reads them in its own dtype, the loss in this one.
             mask: (B, H / patch, W / patch), 1 where a token is hidden, of any dtype.
+            output: ``loss``; or ``losses``, (B,), of the images one by one, whose mean it is where all have equally
+                many masked pixels, as those of `data.masking` have; or ``drawing``, alone, see `reconstruct`.
+            stats: with experts, return the routing of their blocks by name as a third value, as `Swin.forward` does.
+
+        Raises UserError for a mask of another size and for `stats` of a dense encoder.
         """
-        drawn, aux = self._draw(x, mask)
+        if stats and not self.is_moe:
+            raise UserError(f"stats: a dense {self.variant.family} encoder routes nothing; call it without")
+        drawn, aux, routing = self._draw(x, mask)
+        if output == "drawing":
+            return self._unstandardised(drawn, x)
         error_B, count_B = self._errors(x, mask, drawn)
-        loss = error_B.sum() / (count_B.sum() + COUNT_FLOOR) / self.variant.in_chans
-        return loss if aux is None else (loss, aux)
+        if output == "loss":
+            error_B, count_B = error_B.sum(), count_B.sum()
+        loss = error_B / (count_B + COUNT_FLOOR) / self.variant.in_chans
+        if aux is None:
+            return loss
+        return (loss, aux, routing) if stats else (loss, aux)
 
     def losses(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B,) losses of the images one by one, and the auxiliary loss or None; arguments as of `forward`.
-
-        Their mean is `forward` where all images have equally many masked pixels, as those of `data.masking` have.
-        """
-        drawn, aux = self._draw(x, mask)
-        error_B, count_B = self._errors(x, mask, drawn)
-        return error_B / (count_B + COUNT_FLOOR) / self.variant.in_chans, aux
+        """(B,) losses of the images one by one, and the auxiliary loss or None; arguments as of `forward`."""
+        found = self(x, mask, output="losses")
+        return found if isinstance(found, tuple) else (found, None)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -71,11 +95,11 @@ class SimMIM(nn.Module):
 
         Under `norm_target` it draws standardised pixels, which get the local mean and deviation of `x` back.
         """
-        drawn = self._draw(x, mask)[0].to(compute_dtype(x))
-        if self.norm_target is None:
-            return drawn
-        mean, variance = local_moments(x.to(drawn.dtype), self.norm_target)
-        return drawn * (variance + VARIANCE_FLOOR).sqrt() + mean
+        return self(x, mask, output="drawing")
+
+    def frozen_position_bias(self) -> AbstractContextManager[None]:
+        """See `Swin.frozen_position_bias`."""
+        return self.encoder.frozen_position_bias()
 
     def init_weights(self, seed: int = 0) -> None:
         """Initialise every parameter by the official rules (`models.init`) and rebuild the derived buffers."""
@@ -86,15 +110,24 @@ class SimMIM(nn.Module):
         """Fill the encoder's derived buffers."""
         self.encoder.rebuild_buffers(device)
 
-    def _draw(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        tokens = self.encoder.embed(x)
+    def _draw(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, dict[str, RoutingStats]]:
+        decoder = self.decoder[0]
+        assert isinstance(decoder, PatchProjection)
+        tokens = self.encoder.embed(x.to(decoder.weight.dtype))
         if mask.shape != tokens.shape[:3]:
             raise UserError(f"mask of shape {tuple(mask.shape)} for tokens {tuple(tokens.shape[:3])}: give one entry "
                             f"for each patch of {self.variant.patch_size} pixels")  # fmt: skip
         token = self.encoder.get_parameter("mask_token").to(tokens.dtype)
-        outputs, losses, _ = self.encoder.encode(torch.where(mask.bool()[..., None], token, tokens))
+        outputs, losses, routing = self.encoder.encode(torch.where(mask.bool()[..., None], token, tokens))
         features = self.encoder.norm(outputs[-1]).permute(0, 3, 1, 2)
-        return self.decoder(features), torch.stack(losses).sum() if self.is_moe else None
+        return self.decoder(features), torch.stack(losses).sum() if self.is_moe else None, routing
+
+    def _unstandardised(self, drawn: Tensor, x: Tensor) -> Tensor:
+        drawn = drawn.to(compute_dtype(x))
+        if self.norm_target is None:
+            return drawn
+        mean, variance = local_moments(x.to(drawn.dtype), self.norm_target)
+        return drawn * (variance + VARIANCE_FLOOR).sqrt() + mean
 
     def _errors(self, x: Tensor, mask: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """For each image, the absolute errors summed over masked pixels and channels, and its masked pixels; (B,)."""

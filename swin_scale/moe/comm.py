@@ -5,8 +5,8 @@ graph is the same whatever its number of tokens, issues them in the same order t
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, Work
+
+Waiting = Callable[[], AbstractContextManager[None]]
+"""Makes what is entered while rows of other ranks are waited for."""
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -52,7 +55,9 @@ class Waits:
     still: nothing is waited for before `seconds` is asked. Recomputation under activation checkpointing is not in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Waiting | None = None) -> None:
+        """`waiting` is entered for every wait. On a GPU these are the stream's, and the host goes on at once."""
+        self._waiting = waiting or nullcontext
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -61,12 +66,14 @@ class Waits:
         """What is done in here is waiting."""
         if device.type != "cuda":
             start = time.perf_counter()
-            yield
+            with self._waiting():
+                yield
             self._seconds += time.perf_counter() - start
             return
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
-        yield
+        with self._waiting():
+            yield
         after.record()
         self._events.append((before, after))
 

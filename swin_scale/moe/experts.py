@@ -94,9 +94,9 @@ def choose_method(x_SD: Tensor, fc1_EHD: Tensor) -> str:
 class _Loop(Function):
     """Expert by expert: no graph per expert, nothing stacked or copied.
 
-    Hidden rows are kept once, before the GELU, which backward takes again while they are in cache: to keep its result
-    costs more than to compute it, most of it for the pages of so large a tensor. They are kept by expert, in pieces
-    that the allocator has at hand, and everything else that is as wide lives for one expert only.
+    Hidden rows are kept before and after the GELU, as a dense MLP's are, but by expert: pieces of a size that the
+    allocator has at hand, where one tensor of all rows is given fresh pages each time. Everything else that is as wide
+    lives for one expert only.
     """
 
     @staticmethod
@@ -104,21 +104,19 @@ class _Loop(Function):
         ctx: Any, x: Tensor, counts: list[int], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, drop: float, keep: bool
     ) -> Tensor:
         y = torch.empty_like(x)
-        scratch = x.new_empty(max(counts, default=0), w1.shape[1])
-        kept, masks = [], []
+        befores, afters, masks = [], [], []
         for x_e, y_e, w1_e, b1_e, w2_e, b2_e in _busy(counts, rows=(x, y), experts=(w1, b1, w2, b2)):
-            after = scratch[: len(x_e)]
-            if keep:
-                kept.append(torch.addmm(b1_e, x_e, w1_e.t()))
-                torch.ops.aten.gelu.out(kept[-1], out=after)
-            else:
-                torch.ops.aten.gelu_(torch.addmm(b1_e, x_e, w1_e.t(), out=after))
+            before = torch.addmm(b1_e, x_e, w1_e.t())
+            after = F.gelu(before) if keep else torch.ops.aten.gelu_(before)
             if drop:
                 masks.append(torch.empty_like(after, dtype=torch.bool).bernoulli_(1 - drop))
                 _drop(after, masks[-1], drop)
             torch.addmm(b2_e, after, w2_e, out=y_e)
+            if keep:
+                befores.append(before)
+                afters.append(after)
         ctx.counts, ctx.drop = counts, drop
-        ctx.save_for_backward(x, w1, w2, *kept, *masks)
+        ctx.save_for_backward(x, w1, w2, *befores, *afters, *masks)
         return y
 
     @staticmethod
@@ -126,7 +124,7 @@ class _Loop(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, *kept = ctx.saved_tensors
         busy = sum(map(bool, ctx.counts))
-        kept, masks = kept[:busy], kept[busy:] or [None] * busy
+        befores, afters, masks = kept[:busy], kept[busy : 2 * busy], kept[2 * busy :] or [None] * busy
         needs_x, _, needs_w1, needs_b1, needs_w2, needs_b2, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = torch.empty_like(x) if needs_x else None
@@ -141,12 +139,11 @@ class _Loop(Function):
                         whole[e].zero_()
         scratch, more = x.new_empty(2, max(ctx.counts, default=0), w1.shape[1])
         parts = _busy(ctx.counts, rows=(x, grad, grad_x), experts=(w1, w2, grad_w1, grad_b1, grad_w2, grad_b2))
-        for before, mask, (x_e, grad_y, dx, w1_e, w2_e, dw1, db1, dw2, db2) in zip(kept, masks, parts):
+        for before, after, mask, (x_e, grad_y, dx, w1_e, w2_e, dw1, db1, dw2, db2) in zip(
+            befores, afters, masks, parts
+        ):
             count = len(before)
             if dw2 is not None:
-                after = torch.ops.aten.gelu.out(before, out=scratch[:count])
-                if mask is not None:
-                    _drop(after, mask, ctx.drop)
                 torch.mm(after.t(), grad_y, out=dw2)
             if db2 is not None:
                 torch.sum(grad_y, 0, out=db2)

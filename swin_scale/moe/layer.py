@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from swin_scale.errors import UserError
 from swin_scale.kernels import Mode
-from swin_scale.moe.comm import Waits
+from swin_scale.moe.comm import Waiting, Waits
 from swin_scale.moe.config import MoEConfig
 from swin_scale.moe.dispatch import forward_experts
 from swin_scale.moe.experts import Experts
@@ -23,8 +23,9 @@ class MoEMlp(nn.Module):
     keeps all here. `aux_group`: the ranks over whose tokens the auxiliary loss is taken, None for this rank's alone.
     Over a group, each rank's loss must carry the auxiliary loss at the same weight and gradients must be averaged, as
     data parallelism does; the gradient is then that of the loss over all tokens. `kernels`: what moves tokens to
-    experts and back, see `swin_scale.kernels.choice`. Parameters are named as Tutel's:
-    `_moe_layer.experts.batched_fc1_w`, `_moe_layer.gates.0.wg.weight` and so on; see `Experts` and `Router`.
+    experts and back, see `swin_scale.kernels.choice`. `waiting`: entered while rows of other ranks are waited for.
+    Parameters are named as Tutel's: `_moe_layer.experts.batched_fc1_w`, `_moe_layer.gates.0.wg.weight` and so on; see
+    `Experts` and `Router`.
     """
 
     def __init__(
@@ -36,11 +37,12 @@ class MoEMlp(nn.Module):
         ep_group: ProcessGroup | None = None,
         aux_group: ProcessGroup | None = None,
         kernels: Mode = "auto",
+        waiting: Waiting | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.aux_group = aux_group
-        self._moe_layer = MoELayer(config, dim, hidden, ep_group, kernels)
+        self._moe_layer = MoELayer(config, dim, hidden, ep_group, kernels, waiting)
 
     def forward(
         self, x: Tensor, generator: Generator | None = None, norm: Callable[[Tensor], Tensor] | None = None
@@ -66,9 +68,17 @@ class MoEMlp(nn.Module):
 class MoELayer(nn.Module):
     """Gate and experts, under the names Tutel gives them."""
 
-    def __init__(self, config: MoEConfig, dim: int, hidden: int, ep_group: ProcessGroup | None, kernels: Mode) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        dim: int,
+        hidden: int,
+        ep_group: ProcessGroup | None,
+        kernels: Mode,
+        waiting: Waiting | None,
+    ) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.waiting = kernels, waiting
         size, rank = (1, 0) if ep_group is None else (ep_group.size(), ep_group.rank())
         num_local = local_experts(config.num_experts, size)
         self.chunks = config.a2a_chunks
@@ -87,7 +97,7 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, Tensor, RoutingStats]:
         routing, aux, stats = self.gates[0](x_TD, aux_group, generator)
         if self.ep_group is not None:
-            stats = replace(stats, ep_size=self.ep_group.size(), waits=Waits())
+            stats = replace(stats, ep_size=self.ep_group.size(), waits=Waits(self.waiting))
         y_TD = forward_experts(x_TD, routing, self.experts, self.ep_group, self.chunks, stats.waits, norm, self.kernels)
         return y_TD, aux, stats
 

@@ -62,11 +62,12 @@ def plan(expert_TK: Tensor, gate_TK: Tensor, num_experts: int, limit: int | None
     device = expert_TK.device
     token_T = torch.arange(T, device=device) if priority_T is None else priority_T.argsort(descending=True, stable=True)
     expert_KT = expert_TK[token_T].t().flatten()
-    order = expert_KT.argsort(stable=True)
+    expert_R, order = expert_KT.sort(stable=True)
     choice_R = token_T[order % max(T, 1)] * K + order // max(T, 1)
-    count_E = routed_E = torch.bincount(expert_KT, minlength=num_experts)
+    # Where each expert's part begins, instead of a bincount: that waits for a GPU, to see how long its answer is.
+    count_E = routed_E = torch.searchsorted(expert_R, torch.arange(num_experts + 1, device=device)).diff()
     if limit is not None:
-        place_R = torch.arange(T * K, device=device) - (count_E.cumsum(0) - count_E)[expert_KT[order]]
+        place_R = torch.arange(T * K, device=device) - (count_E.cumsum(0) - count_E)[expert_R]
         choice_R, count_E = choice_R[place_R < limit], count_E.clamp_max(limit)
     slot_TK = choice_R.new_full((T * K,), -1)
     slot_TK[choice_R] = torch.arange(len(choice_R), device=device)
@@ -162,8 +163,9 @@ class Router(nn.Module):
         importance_E = prob_TE.sum(0)
         sums = [z_T.square().sum()[None], z_T.new_full((1,), len(z_T))]
         if c.balance == "gshard":
-            first_E = torch.bincount(expert_TK[:, 0], minlength=c.num_experts).to(score_TE.dtype)
-            sums += [score_TE.sum(0), first_E]
+            first_T = expert_TK[:, 0]
+            first_E = first_T.new_zeros(c.num_experts).scatter_add_(0, first_T, torch.ones_like(first_T))
+            sums += [score_TE.sum(0), first_E.to(score_TE.dtype)]
         else:
             sums.append(importance_E)
             if std:

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from swin_scale.errors import UserError
 from swin_scale.kernels import Mode
+from swin_scale.moe.comm import Waiting
 from swin_scale.moe.config import MoEConfig
 from swin_scale.moe.experts import Experts
 from swin_scale.moe.layer import local_experts
@@ -32,8 +33,8 @@ COUNT = "_moe_layer._num_global_experts"
 class TutelMoEMlp(nn.Module):
     """As `layer.MoEMlp`: constructor, results, parameter names, state dict. Raises UserError where Tutel cannot follow.
 
-    Routing is computed a second time for the statistics, as Tutel keeps its own to itself. `kernels` has no effect:
-    Tutel moves tokens by its own.
+    Routing is computed a second time for the statistics, as Tutel keeps its own to itself. `kernels` and `waiting`
+    have no effect: Tutel moves tokens by its own.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TutelMoEMlp(nn.Module):
         ep_group: ProcessGroup | None = None,
         aux_group: ProcessGroup | None = None,
         kernels: Mode = "auto",
+        waiting: Waiting | None = None,
     ) -> None:
         super().__init__()
         moe_layer = _import_tutel()

@@ -20,7 +20,7 @@ Cells = Sequence[object]
 def document(title: str, sections: Iterable[str], foot: str) -> str:
     """The whole page; `title` and `foot` are plain text, sections are HTML, empty ones left out."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from swin_scale.goodput import Goodput
+from swin_scale.goodput import read as read_goodput
 from swin_scale.log import Row, iter_jsonl
 
 COLUMNS = (
@@ -29,7 +31,7 @@ COLUMNS = (
 ROUTING = ("load_cv", "load_max", "rank_load_max", "dropped", "entropy", "dead", "confidence", "a2a_share")
 """Figures of MoE layers that are drawn, ``moe/{block}/{figure}`` in a row that ends a log interval."""
 
-ORDINARY = frozenset({"eval", "checkpoint", "skipped_sample"})
+ORDINARY = frozenset({"eval", "checkpoint", "picture", "save_interval", "skipped_sample"})
 """Events of a run that goes well, and those that `skipped.jsonl` tells better."""
 
 MAX_EVENTS = 10_000
@@ -95,6 +97,8 @@ class History:
     """`code`, `rank`, `cause`, `time`; None where the run has recorded no end."""
     checkpoints: tuple[str, ...]
     """Names of the committed checkpoints, the newest last."""
+    goodput: Goodput | None
+    """What became of the wall time; None without a ledger."""
 
     def named(self, name: str) -> list[Row]:
         """The events of one name."""
@@ -115,6 +119,7 @@ def read_history(directory: Path) -> History:
         config=read_config(_text(directory / "config.yaml")),
         exit=_read_exit(_text(directory / "exit.json")),
         checkpoints=_checkpoints(directory / "checkpoints"),
+        goodput=read_goodput(directory),
     )
 
 
@@ -192,7 +197,7 @@ def _read_metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], int, l
         if "event" in row:
             if row["event"] == "routing":
                 routing.add_maps(step, row)
-            elif row["event"] != "skipped_sample" and len(events) < MAX_EVENTS:
+            elif row["event"] not in ("skipped_sample", "stragglers") and len(events) < MAX_EVENTS:
                 events.append({**row, "event": str(row["event"])})
             continue
         if "moe/a2a_share" in row:

@@ -10,8 +10,10 @@ import numpy as np
 from swin_scale.log import Row
 from swin_scale.report.curves import Span, short
 from swin_scale.report.document import Cells, date, document, facts, table
+from swin_scale.report.goodput import goodput_section
 from swin_scale.report.history import LISTED_SKIPS, History, number
 from swin_scale.report.pictures import event_name, is_remarkable, lanes, pictures
+from swin_scale.report.reconstructions import reconstructions
 from swin_scale.report.routing import routing_section
 from swin_scale.report.svg import CELLS, draw, escape, figure
 from swin_scale.report.svg import lanes as draw_lanes
@@ -37,10 +39,12 @@ def page(history: History, written: float) -> str:
     """The whole document; `written` is the time it shows, in seconds since the epoch."""
     sections = [
         _head(history),
-        _summary(history),
+        summary(history),
         _pictures(history),
+        reconstructions(history.directory),
         _routing(history),
         _evaluations(history),
+        goodput_section(history.goodput),
         _skips(history),
         _events(history),
         _config(history),
@@ -54,20 +58,27 @@ def _name(history: History) -> str:
     return history.directory.resolve().name or "run"
 
 
+def badge(history: History) -> str:
+    """How the run ended, in its colour."""
+    code = history.exit.get("code") if history.exit else None
+    kind, words = ENDS.get(code, ("bad", "stopped: error")) if isinstance(code, int) else ("wait", "no end recorded")
+    text = f"{words} (exit {code})" if isinstance(code, int) else f"{words}: still running, or killed"
+    return f'<span class="badge {kind}">{escape(text)}</span>'
+
+
 def _head(history: History) -> str:
     end = history.exit
     code = end.get("code") if end else None
-    kind, words = ENDS.get(code, ("bad", "stopped: error")) if isinstance(code, int) else ("wait", "no end recorded")
-    text = f"{words} (exit {code})" if isinstance(code, int) else f"{words}: still running, or killed"
     model = {key: value for key, value, _ in history.config}.get("model.name", "").strip('"')
-    head = f'<header><h1>{escape(_name(history))}</h1><span class="badge {kind}">{escape(text)}</span>'
+    head = f"<header><h1>{escape(_name(history))}</h1>{badge(history)}"
     head += f"<p>{escape(' · '.join(part for part in (model, str(history.directory.resolve())) if part))}</p></header>"
     if end and code != 0 and end.get("cause"):
         head += f'<p class="cause"><b>rank {escape(end.get("rank"))}</b>: {escape(end["cause"], 4000)}</p>'
     return head
 
 
-def _summary(history: History) -> str:
+def summary(history: History) -> str:
+    """The figures of a run side by side."""
     columns, steps = history.columns, history.steps
     found: list[tuple[str, str, str]] = []
     if len(steps):

@@ -10,6 +10,9 @@ import numpy as np
 from swin_scale.log import Row
 from swin_scale.report.history import ORDINARY, History, number
 
+LOSS_UNITS = {"classify": "cross-entropy, nats", "simmim": "mean absolute error of hidden pixels"}
+"""By task."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -45,13 +48,14 @@ def pictures(history: History) -> list[Picture]:
     def of(name: str, label: str, colour: int = 1, kind: str = "curve") -> Series:
         return Series(label=label, steps=steps, values=columns[name], colour=colour, kind=kind)
 
+    task = {key: value for key, value, _ in history.config}.get("task", '"classify"').strip('"')
     scale = columns["loss_scale"]
     scaled = len(np.unique(scale[np.isfinite(scale)])) > 1 or bool((scale > 1).any())
     drawn = [
         Picture(
             key="loss",
             title="Loss",
-            unit="cross-entropy, nats",
+            unit=LOSS_UNITS.get(task, "mean over samples"),
             series=(of("loss", "training"), *evaluations(history, {"loss": "evaluation"})),
         ),
         Picture(key="aux", title="Auxiliary loss", unit="weighted", series=(of("aux_loss", "auxiliary", 4),)),

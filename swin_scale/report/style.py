@@ -31,6 +31,8 @@ font-variant-numeric:tabular-nums}}
 .part{{margin:26px 0 12px}}
 svg .bar{{fill:var(--c)}}
 .wide{{grid-column:1/-1}}
+.drawn{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,560px),1fr));gap:16px}}
+.drawn img{{display:block;max-width:100%;height:auto;border-radius:4px}}
 """
 
 CSS = (

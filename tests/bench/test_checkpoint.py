@@ -59,6 +59,16 @@ def test_a_part_alone_says_so(tmp_path):
     assert "--part save --params" in result.figures["command"] and "zero_to_fp32" not in str(result)
 
 
+def test_the_stall_and_the_writing_of_a_save_in_the_background(tmp_path):
+    result = bench_checkpoint(params=2e5, parts=["async"], rounds=1, threads=1, directory=str(tmp_path))
+    figures = result.figures
+    assert list(figures["stall"]["ratios"]) == ["torch.save", "torch.save, fsync", "ours again"]
+    assert list(figures["write"]["ratios"]) == ["raw", "ours again"]
+    assert set(figures["stall"]["bars"]) == {"stall beside torch.save", "stall beside torch.save, fsync"}
+    assert figures["write"]["bytes"] == 4 * figures["settings"]["parameters"] and "bar      write" in str(result)
+    assert "--part async --params" in figures["command"] and list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match=r"GB free, 400000.0 GB are needed; use --dir"):
         bench_checkpoint(params=1e13, directory=str(tmp_path))

@@ -60,6 +60,36 @@ def test_what_a_benchmark_had_no_time_for_is_named(left_out, outcome, tmp_path, 
     assert not path.exists()
 
 
+SKIPPED = '<skipped type="pytest.skip" message="{}"/>'
+
+
+@pytest.mark.parametrize(
+    ("reasons", "passed", "optional"),
+    [
+        ([None, None], True, {}),
+        ([None, "optional: NVIDIA Apex is not installed"], True, {"t1": "NVIDIA Apex is not installed"}),
+        ([None, "optional: no nvcc", "no CUDA device"], False, {"t1": "no nvcc"}),
+        (["optional: no nvcc"], False, {"t0": "no nvcc"}),
+    ],
+)
+def test_only_tests_of_optional_packages_may_be_skipped(reasons, passed, optional, monkeypatch):
+    cases = "".join(
+        f'<testcase name="t{i}">{"" if reason is None else SKIPPED.format(reason)}</testcase>'
+        for i, reason in enumerate(reasons)
+    )
+    skipped = sum(reason is not None for reason in reasons)
+    counts = f'tests="{len(reasons)}" failures="0" errors="0" skipped="{skipped}"'
+
+    def run(command, deadline):
+        [report] = [word.partition("=")[2] for word in command if word.startswith("--junitxml=")]
+        Path(report).write_text(f"<testsuites><testsuite {counts}>{cases}</testsuite></testsuites>")
+        return 0, 1.0
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    found = gpu_check.run_tests("train", time.monotonic() + 100)
+    assert (found["passed"], found["optional"], found["skipped"]) == (passed, optional, skipped)
+
+
 def test_without_a_gpu_it_ends_at_once(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "kernels"])

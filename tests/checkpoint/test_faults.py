@@ -15,6 +15,7 @@ from swin_scale.checkpoint import (
     MAX_ATTEMPTS,
     Checkpoint,
     LoadAttempts,
+    best_of,
     checkpoint_bytes,
     list_steps,
     newest_good,
@@ -236,6 +237,16 @@ def test_every_hours_pins_the_first_past_each_multiple(tmp_path):
     assert prune(tmp_path, 1, every_hours=1.0) == [10, 11]
     assert prune(tmp_path, 1, every_hours=2.0) == [3, 9]
     assert prune(tmp_path, 1) == [6]
+
+
+def test_the_best_stay_whatever_else_goes(tmp_path):
+    """Of those that are there; what was evaluated and never saved takes nobody's place."""
+    figures = {2: 50.0, 3: 70.0, 4: 70.0, 5: 99.0}
+    for step in (1, 2, 3, 4, 6, 7):
+        save(tmp_path, step, cut(make_tensors(), 1))
+    assert best_of(list_steps(tmp_path), figures, 2) == {3, 4}
+    assert prune(tmp_path, 2, best=best_of(list_steps(tmp_path), figures, 1)) == [1, 2, 4]
+    assert best_of([3], figures, 0) == set() and list_steps(tmp_path) == [3, 6, 7]
 
 
 @pytest.mark.fault(26, "clock a year back between two saves")

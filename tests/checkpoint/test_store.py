@@ -332,7 +332,7 @@ def test_kill_9_leaves_a_whole_checkpoint(tmp_path):
 @pytest.mark.proof
 @pytest.mark.fault(2, "a writer killed with -9 at random moments")
 def test_kill_9_leaves_a_whole_checkpoint_proof(tmp_path):
-    kill_at_random_moments(tmp_path, 200, seed=1)
+    kill_at_random_moments(tmp_path, 100, seed=1)
 
 
 def test_state_must_be_plain_json(tmp_path):

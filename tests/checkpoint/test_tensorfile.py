@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from swin_scale import hashed_file
 from swin_scale.checkpoint import load_safetensors, save_safetensors, tensorfile
 from swin_scale.checkpoint.tensorfile import DTYPES, MAX_HEADER_BYTES, read_header, write_tensor_file
 from swin_scale.errors import CheckpointError
@@ -69,7 +70,7 @@ def test_strided_tensors_pass_through_a_small_staging_buffer(tmp_path, chunk_byt
 def test_the_disk_begins_while_the_rest_is_written(tmp_path, monkeypatch):
     """Everything but the last bytes is handed over before the final sync, each byte once and none ahead of its time."""
     calls = []
-    monkeypatch.setattr(tensorfile, "FLUSH_BYTES", 1000)
+    monkeypatch.setattr(hashed_file, "FLUSH_BYTES", 1000)
     monkeypatch.setattr(
         os, "posix_fadvise", lambda fd, start, length, _: calls.append((start, start + length, os.fstat(fd).st_size))
     )

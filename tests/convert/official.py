@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ def with_official_buffers(state: dict[str, Tensor], name: str, **overrides: Any)
     return {**state, **derived_buffers(name, overrides)}
 
 
+def official_module(name: str) -> ModuleType:
+    """A module of the checkout."""
+    sys.path.insert(0, os.environ["SWIN_OFFICIAL"])
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
 def official_model(v: Variant) -> nn.Module:
     """The official model of the same sizes."""
     modules = {
@@ -30,11 +39,7 @@ def official_model(v: Variant) -> nn.Module:
         "swin_mlp": ("models.swin_mlp", "SwinMLP"),
     }
     module, name = modules[v.family]
-    sys.path.insert(0, os.environ["SWIN_OFFICIAL"])
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    finally:
-        sys.path.pop(0)
+    cls = getattr(official_module(module), name)
     values = {
         key: getattr(v, key)
         for key in ("img_size", "window_size", "embed_dim", "num_classes", "patch_size", "in_chans", "mlp_ratio")
@@ -46,10 +51,5 @@ def official_model(v: Variant) -> nn.Module:
 
 def load_pretrained(path: Path, model: nn.Module) -> None:
     """The official fine-tuning load; it opens its label map relative to the working directory."""
-    sys.path.insert(0, os.environ["SWIN_OFFICIAL"])
-    try:
-        utils = importlib.import_module("utils")
-    finally:
-        sys.path.pop(0)
     config = SimpleNamespace(MODEL=SimpleNamespace(PRETRAINED=str(path)))
-    utils.load_pretrained(config, model, logging.getLogger("official"))
+    official_module("utils").load_pretrained(config, model, logging.getLogger("official"))

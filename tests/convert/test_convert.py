@@ -225,6 +225,38 @@ def test_inspect_tells_what_is_there(tmp_path):
         inspect_path(tmp_path / "empty")
 
 
+def test_inspect_reads_checkpoints_whole_when_asked_to(tmp_path, capsys):
+    save_run(tmp_path, V2)
+    step = tmp_path / "checkpoints" / "step_00000003"
+    assert main(["inspect", str(tmp_path), "--verify"]) == 0 and "digests match" in capsys.readouterr().out
+    flipped = bytearray((step / "rank00001.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (step / "rank00001.safetensors").write_bytes(flipped)
+    assert main(["inspect", str(tmp_path)]) == 0 and "DAMAGED" not in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--verify"]) == 0
+    assert "step_00000003  DAMAGED" in capsys.readouterr().out
+    assert main(["inspect", str(step)]) == 0
+    assert main(["inspect", str(step), "--verify"]) == 4 and "rank00001.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("x", ["--data", "shards"], "--data is for --routing; add it"),
+        ("x", ["--model", V2], "--model is for --routing; add it"),
+        ("x", ["--images", "10000"], "--images is for --routing; add it"),
+        ("x.yaml", ["--out", "page.html"], "--out is for --routing; add it"),
+        ("x.yaml", ["--ema"], "--ema is for --routing; add it"),
+        ("x.yaml", ["--verify"], "no digests to verify"),
+        (__file__, ["--verify"], "no digests to verify"),
+        ("x", ["--verify", "--routing", "--data", "shards"], "--verify does not go with --routing"),
+    ],
+)
+def test_options_of_inspect_that_would_do_nothing_are_refused(path, options, message, capsys):
+    assert main(["inspect", path, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 @needs_official
 @pytest.mark.proof
 @pytest.mark.parametrize("overrides", [{}, {"img_size": 64, "window_size": 8, "pretrained_window_sizes": (4, 4)}])

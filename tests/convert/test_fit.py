@@ -95,7 +95,7 @@ def test_22k_head_becomes_the_1k_head_by_the_official_rows():
         run(source, target, head="keep")
 
 
-@pytest.mark.parametrize(("policy", "zero"), [("auto", True), ("zero", True), ("init", False)])
+@pytest.mark.parametrize(("policy", "zero"), [("auto", True), ("zero", True), ("trunc_normal", False)])
 def test_other_heads_start_anew_and_the_report_says_so(policy, zero):
     source, target = head(5), head(3)
     placed, report = run(source, target, head=policy)

@@ -16,7 +16,7 @@ from swin_scale.convert.weights import Loaded, Source
 from swin_scale.errors import CheckpointError, UserError
 from swin_scale.models import list_models, variant
 from tests.convert.test_convert import assert_same
-from tests.peers import timm, torchvision
+from tests.peers import Unfilled, timm, torchvision
 
 V1, V2 = "swin_nano_patch4_window4_32", "swinv2_nano_patch4_window4_32"
 SMALL = [
@@ -29,9 +29,7 @@ SMALL = [
 ]
 FULL = [
     ("swin_tiny_patch4_window7_224", {}),
-    ("swin_small_patch4_window7_224", {}),
     ("swin_base_patch4_window7_224_22k", {}),
-    ("swinv2_tiny_patch4_window8_256", {}),
     ("swinv2_small_patch4_window16_256", {}),
     ("swinv2_base_patch4_window12to24_192to384_22kto1k_ft", {}),
 ]
@@ -79,7 +77,8 @@ def check_timm(model, name, path, tmp_path):
     report = convert(path, tmp_path / "timm.safetensors", to="timm")
     entry, arguments = timm_model(name, model.variant)
     assert entry in str(report)
-    theirs = timm.create_model(entry, checkpoint_path=str(tmp_path / "timm.safetensors"), **arguments).eval()
+    with Unfilled():
+        theirs = timm.create_model(entry, checkpoint_path=str(tmp_path / "timm.safetensors"), **arguments).eval()
     theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "timm.safetensors"), strict=True)
     agree(model, theirs)
     round_trip(model, name, tmp_path / "timm.safetensors", report)

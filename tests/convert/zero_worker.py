@@ -37,7 +37,7 @@ def write(root: str, runs: list[dict[str, Any]]) -> None:
     from swin_scale.engine.fragments import import_deepspeed
 
     torch.distributed.init_process_group("gloo")
-    deepspeed = import_deepspeed(False, torch.distributed.get_rank())
+    deepspeed = import_deepspeed(False)
     for run in runs:
         _write(deepspeed, Path(root) / run["name"], **{k: v for k, v in run.items() if k != "name"})
     torch.distributed.destroy_process_group()

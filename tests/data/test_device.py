@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from swin_scale.data.device import MEAN, STD, finish, keyed_normal
+from swin_scale.data.device import MEAN, STD, _per_channel, _send, finish, keyed_normal
 from tests.peers import timm, torchvision
 
 
@@ -30,6 +32,23 @@ def test_normalises_as_torchvision_bit_for_bit():
     assert torch.equal(finish(images), expected)
     assert MEAN == timm.data.IMAGENET_DEFAULT_MEAN and STD == timm.data.IMAGENET_DEFAULT_STD
     assert torch.equal(finish(images, dtype=torch.bfloat16), expected.bfloat16())
+
+
+def test_constants_are_copied_once_and_stay_what_they_are():
+    images, *_ = batch()
+    _per_channel.cache_clear()
+    assert torch.equal(finish(images), finish(images))
+    assert (_per_channel.cache_info().misses, _per_channel.cache_info().hits) == (2, 2)
+    assert _per_channel(STD, images.device).flatten().tolist() == torch.tensor(STD).tolist()
+
+
+def test_what_goes_to_a_gpu_goes_through_pinned_memory():
+    to = lambda device, non_blocking: (str(device), non_blocking)  # noqa: E731
+    pinned = SimpleNamespace(to=to)
+    plain = SimpleNamespace(device=torch.device("cpu"), pin_memory=lambda: pinned)
+    assert _send(plain, torch.device("cuda", 1)) == ("cuda:1", True)
+    here = torch.arange(3)
+    assert _send(here, torch.device("cpu")) is here
 
 
 @pytest.mark.parametrize("mode", ["pixel", "const"])

@@ -15,7 +15,7 @@ from swin_scale.config import Augment
 from swin_scale.data import loader as loader_module
 from swin_scale.data.order import batch_digest
 from swin_scale.data.streams import SkipLedger, TrainStream
-from swin_scale.errors import DataError
+from swin_scale.errors import DataError, PeerLostError
 from tests.data.conftest import encode, photo, write_shards
 
 RECIPE = {"seed": 3, "global_batch": 12, "img_size": 32, "augment": Augment(crop="resized")}
@@ -187,7 +187,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(stream, number):
     with stream.batches(stop_step=50, workers=2) as batches:
         next(batches)
         os.kill(batches._maker._workers[1].process.pid, number)
-        with pytest.raises(DataError, match=f"was killed by {number.name}"):
+        with pytest.raises(PeerLostError, match=f"was killed by {number.name}"):
             list(batches)
         with pytest.raises(StopIteration):
             next(batches)
@@ -199,13 +199,34 @@ def test_a_hung_worker_is_an_error(stream, monkeypatch):
         next(batches)
         batches._maker._timeout_s = 0.3
         os.kill(batches._maker._workers[0].process.pid, signal.SIGSTOP)
-        with pytest.raises(DataError, match="answered for"):
+        with pytest.raises(PeerLostError, match="answered for"):
             list(batches)
+
+
+def test_a_wait_can_be_looked_at_and_given_up(stream, expected, monkeypatch):
+    monkeypatch.setattr(loader_module, "CLOSE_GRACE_S", 0.1)
+    with stream.batches(stop_step=12, workers=1) as batches:
+        assert batches.arrives(30)
+        assert same(next(batches), expected[0])
+        os.kill(batches._maker._workers[0].process.pid, signal.SIGSTOP)
+        done = 1
+        while batches.arrives(0.05):
+            assert same(next(batches), expected[done])
+            done += 1
+        rest = list(batches.stand_ins())
+        assert not list(batches)
+    assert done < 12
+    assert [batch.step for batch in rest] == list(range(done, 12))
+    for empty, real in zip(rest, expected[done:]):
+        assert not empty.valid.any()
+        for name in ("images", "labels", "ids", "boxes", "noise_keys", "masks"):
+            ours, theirs = getattr(empty, name), getattr(real, name)
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
 
 
 def test_workers_ignore_the_signals_of_schedulers(stream, expected):
     with stream.batches(stop_step=12, workers=2) as batches:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             for worker in batches._maker._workers:
                 os.kill(worker.process.pid, number)
         assert all(map(same, batches, expected))

@@ -8,6 +8,7 @@ import torch
 from swin_scale.engine.construct import build_model
 from swin_scale.errors import CheckpointError
 from swin_scale.models import create_model
+from swin_scale.tasks.classify import losses
 from tests.engine.test_engine import CLASSES, allow_fp16_on_cpu, make_config, weights
 from tests.spawn import spawn_dist
 
@@ -22,7 +23,8 @@ def wrap(dist, config, path):
     allow_fp16_on_cpu()
     model, values = build_model(config, dist, {"num_classes": CLASSES}, path)
     meta = all(p.is_meta for p in model.parameters())
-    engine = Engine(model, config, batch_plan(config, dist.world), Schedule.from_config(config, 10), dist, values)
+    schedule = Schedule.from_config(config, 10)
+    engine = Engine(model, config, batch_plan(config, dist.world), schedule, dist, values, losses=losses)
     return meta, {name: torch.from_numpy(value) for name, value in weights(engine).items()}, engine.module.layers
 
 
@@ -89,7 +91,7 @@ def frozen_case(dist, config, root, step):
     model, values = build_model(seeded, dist, {"num_classes": CLASSES})
     model.patch_embed.proj.weight.requires_grad_(False)
     plan = batch_plan(config, dist.world)
-    engine = Engine(model, seeded, plan, Schedule.from_config(config, 10), dist, values)
+    engine = Engine(model, seeded, plan, Schedule.from_config(config, 10), dist, values, losses=losses)
     if step:
         with Checkpoint.open(root / f"step_{step:08d}") as checkpoint:
             engine.load(checkpoint, checkpoint.state)

@@ -11,7 +11,9 @@ import torch
 import torch.distributed
 
 import swin_scale.engine.dist as dist_module
-from swin_scale.engine.dist import Dist, device_index, init, is_peer_loss, peer_loss, read_env
+from swin_scale.engine.devices import choose_device, device_index, mismatch, place
+from swin_scale.engine.dist import Dist, init, is_peer_loss, peer_loss, read_env
+from swin_scale.engine.layout import Layout
 from swin_scale.errors import PeerLostError, UserError
 from tests.spawn import free_port, spawn, spawn_dist, torchrun_environment
 
@@ -156,11 +158,69 @@ def test_device_of_a_local_rank():
         device_index(2, 2)
 
 
+def test_fp32_is_fp32_and_repeats_itself_on_a_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with torch.backends.cudnn.flags(allow_tf32=True, deterministic=False):
+        assert choose_device(Layout(local_rank=1, local_world=2), "cpu").type == "cpu" and not chosen
+        assert torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.deterministic
+        assert [choose_device(Layout(local_rank=1, local_world=2), None)] == chosen == [torch.device("cuda", 1)]
+        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
+
+
+def test_devices_that_do_not_go_together():
+    assert mismatch([("a", "cpu"), ("a", "cpu"), ("b", "cpu")]) is None
+    assert mismatch([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1")]) is None
+    shared = mismatch([("a", "GPU-1"), ("b", "GPU-2"), ("b", "GPU-3"), ("b", "GPU-2")])
+    assert isinstance(shared, UserError)
+    assert str(shared) == "ranks 1 and 3 on b share one GPU; start one process per GPU"
+    lost = mismatch([("a", "GPU-1"), ("b", "cpu"), ("b", "cpu")])
+    assert isinstance(lost, PeerLostError)
+    assert str(lost).startswith("rank 1 on b sees no GPU, nor do 1 more, while other ranks have one; check nvidia-smi")
+    host, name = place(torch.device("cpu"))
+    assert host and name == "cpu"
+
+
+def _join_with(places: list) -> tuple[str, str] | None:
+    environment = read_env(os.environ)
+    dist_module.place = lambda device: tuple(places[environment.rank])
+    try:
+        init(environment, timeout_s=20, device="cpu").close()
+    except (UserError, PeerLostError) as error:
+        return type(error).__name__, str(error)
+
+
+def test_every_rank_hears_that_devices_do_not_go_together_before_a_backend_is_made():
+    assert spawn(2, _join_with, [["a", "cpu"], ["a", "cpu"]]) == [None, None]
+    began = time.monotonic()
+    shared = ("UserError", "ranks 0 and 1 on a share one GPU; start one process per GPU")
+    assert spawn(2, _join_with, [["a", "GPU-1"], ["a", "GPU-1"]]) == [shared] * 2
+    first, second = spawn(2, _join_with, [["a", "GPU-1"], ["b", "cpu"]])
+    assert first == second and first[0] == "PeerLostError" and first[1].startswith("rank 1 on b sees no GPU, while")
+    assert time.monotonic() - began < 15, "nobody waits for a timeout"
+
+
 def test_only_errors_of_peers_are_translated():
     with pytest.raises(PeerLostError, match="step 3: another rank died"), peer_loss("step 3"):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
     with pytest.raises(RuntimeError, match="shapes"), peer_loss("step 3"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(PeerLostError, match=r"step 3: the GPU of this rank on .* failed \(CUDA"), peer_loss("step 3"):
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+    memory = r"^step 3: not enough GPU memory on .*\(CUDA out of memory\); set a smaller train.micro_batch"
+    with pytest.raises(UserError, match=memory) as caught, peer_loss("step 3"):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmuch more")
+    words = ("engine.activation_checkpointing=block", "engine.zero_stage", "plan --search")
+    assert all(word in str(caught.value) for word in words)
+    for said in ("invalid usage", "invalid argument"):
+        misuse = torch.distributed.DistBackendError(f"NCCL error in: x.cpp:1, {said} (run with NCCL_DEBUG=WARN)\nmore")
+        assert not is_peer_loss(misuse)
+        with pytest.raises(torch.distributed.DistBackendError, match=said), peer_loss("step 3"):
+            raise misuse
+    system = "NCCL error in: x.cpp:1, unhandled system error\nncclSystemError: invalid argument"
+    assert is_peer_loss(torch.distributed.DistBackendError(system))
     assert is_peer_loss(PeerLostError("x"))
     assert not is_peer_loss(ValueError("timed out"))
 

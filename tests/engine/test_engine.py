@@ -43,6 +43,7 @@ def make_engine(dist, config, seed=0):
     from swin_scale.engine.schedule import Schedule
     from swin_scale.models import create_model
     from swin_scale.models.init import initial_values
+    from swin_scale.tasks.classify import losses
 
     allow_fp16_on_cpu()
     ds_config.STAGE3_RESIDENT_NUMEL = RESIDENT
@@ -53,7 +54,7 @@ def make_engine(dist, config, seed=0):
     with torch.device("meta" if sharded else "cpu"):
         model = create_model(config.model.name, seed=seed, **overrides)
     values = initial_values(model, seed) if sharded else None
-    return Engine(model, config, plan, Schedule.from_config(config, 10), dist, values), plan
+    return Engine(model, config, plan, Schedule.from_config(config, 10), dist, values, losses=losses), plan
 
 
 def allow_fp16_on_cpu():

@@ -1,5 +1,6 @@
 """The contract with DeepSpeed's private names: what `fragments.py` relies on exists and means what it should."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from swin_scale.engine.fragments import LossScale, import_deepspeed
+from swin_scale.engine.pieces import LOSS_SCALER_STATE
 from swin_scale.errors import UserError
 from tests.engine.test_engine import RESIDENT, make_config, make_engine, train
 from tests.spawn import spawn_dist
@@ -77,8 +79,27 @@ def parts_case(dist, config):
     return parts, filled, any(p.numel() for p in parameters), output
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_local_rank_does_not_stay_in_the_environment(stage):
+    """Where nobody set it, as under Slurm, DeepSpeed has it while it needs it."""
+    [found] = spawn_dist(1, environment_of, make_config(engine={"zero_stage": stage}))
+    assert found == [None, None if stage == 1 else "0", None]
+
+
+def environment_of(dist, config):
+    """LOCAL_RANK before, in and after the life of an engine."""
+    del os.environ["LOCAL_RANK"]
+    import_deepspeed(on_gpu=False)
+    found = [os.environ.get("LOCAL_RANK")]
+    engine, plan = make_engine(dist, config)
+    train(engine, plan, dist, 0, 2)
+    found.append(os.environ.get("LOCAL_RANK"))
+    engine.close()
+    return [*found, os.environ.get("LOCAL_RANK")]
+
+
 def test_the_loss_scale_grows_after_an_update_and_ends_no_run(monkeypatch):
-    import_deepspeed(on_gpu=False, local_rank=0)
+    import_deepspeed(on_gpu=False)
     from deepspeed.runtime.fp16 import loss_scaler
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
@@ -94,15 +115,46 @@ def test_the_loss_scale_grows_after_an_update_and_ends_no_run(monkeypatch):
     assert divided_by == [4, 2, 1, 1, 1, 1, 1, 1, 2, 1]
 
 
+@pytest.mark.parametrize("before", [[], [False], [False, True], [True, False, False]])
+def test_a_step_that_never_was_leaves_the_loss_scale_alone(monkeypatch, before):
+    """For want of a rank's batch: its overflow is made, and must not be found in the checkpoint that follows."""
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
+    scaler = loss_scaler.DynamicLossScaler(8.0, 2, 1.0, delayed_shift=2, consecutive_hysteresis=False)
+    scale = LossScale(SimpleNamespace(loss_scaler=scaler))
+
+    def step(overflow):
+        scaler.update_scale(overflow)
+        scale.grow()
+
+    for overflow in before:
+        step(overflow)
+    known = {key: getattr(scaler, key) for key in LOSS_SCALER_STATE}
+    step(True)
+    assert {key: getattr(scaler, key) for key in LOSS_SCALER_STATE} != known
+    scale.undo()
+    assert {key: getattr(scaler, key) for key in LOSS_SCALER_STATE} == known
+
+
+def test_operators_are_not_probed_on_a_gpu(monkeypatch):
+    """Which runs compilers; on a CPU the one that would be built is left out."""
+    deepspeed = import_deepspeed(on_gpu=False)
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__")
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: pytest.fail("operators are probed"))
+    assert import_deepspeed(on_gpu=True) is deepspeed
+
+
 @pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0.0"])
 def test_other_versions_are_refused(version, monkeypatch):
-    deepspeed = import_deepspeed(on_gpu=False, local_rank=0)
+    deepspeed = import_deepspeed(on_gpu=False)
     monkeypatch.setattr(deepspeed, "__version__", version)
     with pytest.raises(UserError, match=r"deepspeed>=0\.19\.8,<0\.20"):
-        import_deepspeed(on_gpu=False, local_rank=0)
+        import_deepspeed(on_gpu=False)
 
 
 def test_missing_deepspeed_names_the_pip_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"pip install .deepspeed>=0\.19\.8,<0\.20"):
-        import_deepspeed(on_gpu=False, local_rank=0)
+        import_deepspeed(on_gpu=False)

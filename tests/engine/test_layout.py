@@ -61,11 +61,9 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
         ({**SLURM_TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "20003", "WORLD_SIZE": "4"},
          Layout(rank=3, world=4, local_rank=1, local_world=2, master_addr="10.0.0.1", master_port=20003,
                 source="slurm")),
-        # A step on part of the job, and an uneven one.
+        # A step on part of the job.
         ({**SLURM_TASK, "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
           "SLURM_STEP_NODELIST": "n[1,3]"}, TASK_LAYOUT),
-        ({**SLURM_TASK, "SLURM_TASKS_PER_NODE": "3,1", "SLURM_LOCALID": "0"},
-         Layout(rank=3, world=4, local_rank=0, local_world=1, master_addr="n1", master_port=12003, source="slurm")),
         (SLURM_BATCH, Layout()),
         ({**SLURM_BATCH, "SLURM_STEP_ID": "4294967290"}, Layout()),  # interactive step of salloc
     ],
@@ -91,6 +89,7 @@ def test_layout(environ, expected):
         ({**SLURM_TASK, "WORLD_SIZE": "2"}, "WORLD_SIZE=2 contradicts this Slurm step"),
         ({**SLURM_TASK, "SLURM_TASKS_PER_NODE": "2(x3)"}, "adds up to 6 tasks, but this step has 4"),
         ({**SLURM_TASK, "SLURM_TASKS_PER_NODE": "two"}, "expected counts"),
+        ({**SLURM_TASK, "SLURM_TASKS_PER_NODE": "3,1", "SLURM_LOCALID": "0"}, "3,1 places tasks unevenly"),
         ({**SLURM_TASK, "SLURM_NODEID": "2"}, "SLURM_NODEID is 2"),
         (without(SLURM_TASK, "SLURM_PROCID"), "SLURM_PROCID is not set"),
         (without(SLURM_TASK, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "set MASTER_ADDR"),
@@ -109,9 +108,10 @@ def test_torchruns_restarts_count_where_the_store_lives_on():
     assert read_env({**TORCHRUN, **agent}).attempt == 0
 
 
-def test_two_steps_of_one_job_meet_on_different_ports():
+def test_steps_and_generations_of_one_job_meet_on_different_ports():
     ports = {read_env({**SLURM_TASK, "SLURM_STEP_ID": str(step)}).master_port for step in range(5)}
-    assert len(ports) == 5
+    ports |= {read_env({**SLURM_TASK, "SLURM_RESTART_COUNT": str(restart)}).master_port for restart in (1, 2)}
+    assert len(ports) == 7
     assert all(1024 < port < 32768 for port in ports)
 
 

@@ -90,6 +90,21 @@ def test_tensorboard_shows_the_same_numbers_and_the_first_batch(tmp_path):
     assert (picture.height, picture.width) == (2 + 2 * 10, 2 + 3 * 10)
 
 
+def test_tensorboard_hides_what_a_run_that_goes_back_does_again(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.add(make_row(step, loss=torch.tensor(float(step))))
+        writer.flush()
+        writer.go_back(2)
+        writer.event("rolled_back", 3, to_step=1)  # of a later step than the first that comes again
+        writer.add(make_row(2, loss=torch.tensor(20.0)))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl").values()] == [1.0, 20.0, 3.0]
+
+
 def test_without_tensorboard_the_rows_are_still_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with MetricWriter(tmp_path) as writer, caplog.at_level(logging.WARNING):

@@ -11,7 +11,8 @@ from torch import nn
 
 from swin_scale.checkpoint import Checkpoint
 from swin_scale.config import Optim
-from swin_scale.config_load import config_from_values, diff_configs
+from swin_scale.config_diff import diff_configs
+from swin_scale.config_load import config_from_values
 from swin_scale.engine.fragments import import_deepspeed
 from swin_scale.engine.optim import param_groups
 from swin_scale.engine.optimizers import applied_updates, build_optimizer, check_optimizer, ensure_state, state_layout
@@ -29,7 +30,7 @@ LR = 0.01
 @pytest.fixture
 def standins(monkeypatch):
     """Both stand-ins in this process; gives the module `deepspeed`."""
-    deepspeed = import_deepspeed(on_gpu=False, local_rank=0)
+    deepspeed = import_deepspeed(on_gpu=False)
     from deepspeed.ops.adam import fused_adam
 
     monkeypatch.setattr(fused_adam, "FusedAdamBuilder", fused_adam.FusedAdamBuilder)
@@ -292,10 +293,9 @@ def test_what_this_machine_lacks(monkeypatch):
         forget_apex()
 
 
-def test_exit_2_before_any_process_group(tmp_path, capsys, monkeypatch):
+def test_exit_2_before_any_process_group(tmp_path, capsys):
     from swin_scale.cli import main
 
-    monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by DeepSpeed where it was imported
     config = tmp_path / "c.yaml"
     config.write_text(json.dumps(values(run={"dir": str(tmp_path / "run")}, model={"name": V2})))
     for setting in ("optim.name=fused_adam", "optim.name=apex_fused_adam", "engine.layer_norm=apex"):

@@ -35,6 +35,7 @@ def engine_steps(name, precision, batch, steps, poisoned):
     from swin_scale.engine.losses import smooth_targets
     from swin_scale.engine.schedule import Schedule
     from swin_scale.models import create_model, variant
+    from swin_scale.tasks.classify import losses
 
     v = variant(name)
     config = config_from_values(
@@ -56,6 +57,7 @@ def engine_steps(name, precision, batch, steps, poisoned):
             batch_plan(config, 1),
             Schedule.from_config(config, 10),
             dist,
+            losses=losses,
         )
         torch.manual_seed(0)
         images = torch.randn(batch, 3, v.img_size, v.img_size, device="cuda", dtype=engine.dtype)
@@ -159,6 +161,7 @@ def state_after_load(config_values, path):
     from swin_scale.engine.saving import save
     from swin_scale.engine.schedule import Schedule
     from swin_scale.models import create_model
+    from swin_scale.tasks.classify import losses
 
     config = config_from_values(config_values).config
     with init(Layout(), timeout_s=120, device="cuda") as dist:
@@ -169,6 +172,7 @@ def state_after_load(config_values, path):
                 batch_plan(config, 1),
                 Schedule.from_config(config, 10),
                 dist,
+                losses=losses,
             )
             for seed in (0, 1)
         ]
@@ -214,19 +218,19 @@ def test_an_optimizer_follows_its_formula(name):
     try:
         check_optimizer(Optim(lr=1.0, name=name))
     except UserError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"optional: {error}")
     spawn(1, rule_on_gpu, name, timeout=240)
 
 
 def rule_on_gpu(name):
-    check_update_rule(name, import_deepspeed(on_gpu=True, local_rank=0), "cuda")
+    check_update_rule(name, import_deepspeed(on_gpu=True), "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_layer_norm_of_apex_where_it_is_installed(dtype):
     """Output and gradients at most twice as far from fp64 as torch's."""
     if (reason := why_not_apex("normalization")) is not None:
-        pytest.skip(reason)
+        pytest.skip(f"optional: {reason}")
     generator = torch.Generator("cuda").manual_seed(0)
     x, grad = torch.randn(2, 512, 768, generator=generator, device="cuda").mul(3).add(1).to(dtype)
     weight, bias = torch.rand(2, 768, generator=generator, device="cuda").to(dtype)

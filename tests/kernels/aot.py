@@ -8,7 +8,7 @@ figures = aot.compile_call(calls[0], capability=90)
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,6 +173,13 @@ def compile_kernel(
         shared=max(compiled.metadata.shared, usage["SHARED"]),
         ttir=compiled.asm["ttir"],
     )
+
+
+def summary(what: str, capability: int, kernels: Collection[Figures]) -> str:
+    """The line of a proof: how much of the chip the kernels of `what` take at most."""
+    registers, shared, spilled = (max(getattr(k, key) for k in kernels) for key in ("registers", "shared", "spilled"))
+    most = f"at most {registers} registers, {shared >> 10} of {SHARED_LIMIT[capability] >> 10} KiB shared"
+    return f"proof: {what}, sm_{capability}: {len(kernels)} kernels, {most}, {spilled} B spilled"
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

@@ -23,8 +23,8 @@ def asked_anew(monkeypatch):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A machine with one H100, as far as can be asked; returns what it is asked from."""
+def gpu(monkeypatch, tmp_path):
+    """A machine with one H100 and gcc, as far as can be asked; returns what it is asked from."""
     facts = {"capability": (9, 0), "asked": 0}
 
     def capability(device):
@@ -36,6 +36,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Chip X")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(choice.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    monkeypatch.setattr(choice.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    (tmp_path / "Python.h").touch()
     return facts
 
 
@@ -89,6 +93,47 @@ def test_machines_that_cannot(monkeypatch, gpu, where, name, value, words):
     reason = why_not_triton(CUDA, torch.float16)
     assert all(word in reason for word in words)
     assert not use_triton("auto", CUDA, torch.float16)
+
+
+def test_what_triton_compiles_its_stub_with_is_looked_for_before_the_first_launch(monkeypatch, gpu, tmp_path):
+    def reason():
+        choice._ask.cache_clear()
+        return why_not_triton(CUDA, torch.float16)
+
+    assert reason() is None
+    monkeypatch.setenv("CC", "icx")  # Triton takes this one and looks no further
+    assert "CC=icx is none" in reason() and "C compiler" in reason()
+    assert not use_triton("auto", CUDA, torch.float16)
+    monkeypatch.setenv("CC", "gcc")
+    assert reason() is None
+    monkeypatch.delenv("CC")
+    for compilers in ({"clang": "/usr/bin/clang"}, {}):
+        monkeypatch.setattr(choice.shutil, "which", compilers.get)
+        assert (reason() is None) == bool(compilers)
+    assert "CC is not set" in reason() and "gcc or clang" in reason()
+    monkeypatch.setattr(choice.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    (tmp_path / "Python.h").unlink()
+    assert f"{tmp_path}/Python.h" in reason() and "python3-dev" in reason()
+    with pytest.raises(UserError, match=r"engine.kernels is triton, but .*Python.h.*; set engine.kernels=auto"):
+        use_triton("triton", CUDA, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "dtype", "fits"),
+    [
+        ("3.7.1", (10, 0), torch.bfloat16, False),
+        ("3.8.0", (12, 0), torch.float16, False),
+        ("3.7.1", (10, 0), torch.float32, True),
+        ("3.7.1", (9, 0), torch.bfloat16, True),
+        ("3.9.0", (10, 0), torch.bfloat16, True),
+    ],
+)
+def test_a_compiler_that_fails_on_newer_gpus_is_not_asked_to(monkeypatch, gpu, version, capability, dtype, fits):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    gpu["capability"] = capability
+    reason = why_not_triton(CUDA, dtype)
+    assert (reason is None) is fits
+    assert fits or (version in reason and "3.9" in reason)
 
 
 def test_later_versions_are_compared_as_numbers(monkeypatch, gpu):

@@ -6,6 +6,7 @@ import torch
 from swin_scale import create_simmim
 from swin_scale.errors import UserError
 from swin_scale.models.simmim import local_moments, standardised
+from tests.kernels.interpreter import interpreted  # noqa: F401
 from tests.models.golden import fill, image
 
 SMALL = {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4}
@@ -121,3 +122,50 @@ def test_a_mask_of_another_size_is_refused():
     model = create_simmim(NAMES["v2"], **SMALL)
     with pytest.raises(UserError, match="one entry for each patch of 4 pixels"):
         model(torch.zeros(2, 3, 64, 64), torch.zeros(2, 8, 8))
+
+
+V2_NANO = "swinv2_nano_patch4_window4_32"
+
+
+def gradients(model):
+    """The loss and the gradient of every parameter, from one seed of all noise."""
+    torch.manual_seed(5)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    mask = (torch.arange(64).view(8, 8) // 2 % 2).expand(2, 8, 8)
+    loss = model.train()(x, mask, output="losses")
+    loss.sum().backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def perturbed(**options):
+    """A nano model with weights away from their initial zeros and ones, the same ones for any options."""
+    model = create_simmim(V2_NANO, mask_patch_size=8, drop_path_rate=0.4, **options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.2 if p.ndim == 1 else 0.05)
+    return model
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_triton_kernels_give_the_same_gradients():
+    small = {"depths": (2,), "num_heads": (2,)}
+    got, wanted = (gradients(perturbed(kernels=kernels, **small)) for kernels in ("triton", "reference"))
+    for name, value in wanted.items():
+        assert (got[name] - value).norm() <= 1e-5 * value.norm().clamp(min=1e-6), name
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+def test_recomputing_changes_no_bit(mode):
+    got, wanted = (gradients(perturbed(activation_checkpointing=how)) for how in (mode, "off"))
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+def test_routing_comes_out_by_block_and_only_of_experts():
+    model = create_simmim("swin_moe_nano_patch4_window4_32", mask_patch_size=8)
+    x, mask = torch.randn(2, 3, 32, 32), torch.ones(2, 8, 8)
+    losses, aux, routing = model(x, mask, output="losses", stats=True)
+    assert losses.shape == (2,) and aux.shape == () and list(routing) == ["layers.0.blocks.1", "layers.1.blocks.1"]
+    assert routing["layers.0.blocks.1"].tokens == 2 * 64
+    with pytest.raises(UserError, match="routes nothing"):
+        create_simmim(V2_NANO, mask_patch_size=8)(x, mask, stats=True)

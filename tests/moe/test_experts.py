@@ -96,14 +96,14 @@ def test_without_gradients_hidden_rows_live_for_one_expert_only():
     assert max(sizes) == 500 * 8 and 500 * 16 not in sizes
 
 
-def test_on_a_cpu_hidden_rows_are_kept_once_and_dropout_as_bits():
+def test_on_a_cpu_hidden_rows_are_kept_before_and_after_the_gelu_and_dropout_as_bits():
     leaves, _ = given(torch.float64, COUNTS[0])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         grouped_mlp(leaves[0], torch.tensor(COUNTS[0]), *leaves[1:], drop=0.5)
     hidden = [t for t in kept if t.shape[-1] == 16]
     rows = {dtype: sum(len(t) for t in hidden if t.dtype == dtype) for dtype in (torch.float64, torch.bool)}
-    assert rows == {torch.float64: sum(COUNTS[0]), torch.bool: sum(COUNTS[0])}
+    assert rows == {torch.float64: 2 * sum(COUNTS[0]), torch.bool: sum(COUNTS[0])}
 
 
 def test_the_best_method_for_a_cpu_is_the_loop():

@@ -74,6 +74,13 @@ def test_routed_and_dropped_make_all_and_capacity_holds_exactly(top_k, limit, pr
     assert torch.equal(in_rows, torch.arange(5).repeat_interleave(routing.count_E))
 
 
+def test_counts_are_int64_for_no_tokens_and_one_expert_too():
+    for tokens, experts in ((0, 3), (5, 1)):
+        expert = torch.zeros(tokens, 1, dtype=torch.int64)
+        routing = plan(expert, expert.float(), experts, None, None)
+        assert routing.count_E.dtype is torch.int64 and routing.count_E.tolist() == [tokens] + [0] * (experts - 1)
+
+
 def test_gate_values_are_raw_or_sum_to_one():
     score = torch.tensor([[0.5, 0.3, 0.2]])
     assert choose(score, 2, normalize=False)[1].tolist() == [pytest.approx([0.5, 0.3])]

@@ -1,5 +1,6 @@
 """Sums of routing statistics, and the time spent waiting for other ranks."""
 
+import contextlib
 import time
 
 import pytest
@@ -77,6 +78,20 @@ def test_waits_add_up():
         with waits.timed(torch.device("cpu")):
             time.sleep(0.01)
     assert 0.02 <= waits.seconds() == waits.seconds() < 0.5
+
+
+def test_waits_are_told():
+    told = []
+
+    @contextlib.contextmanager
+    def waiting():
+        told.append("begins")
+        yield
+        told.append("ends")
+
+    with Waits(waiting).timed(torch.device("cpu")):
+        told.append("waits")
+    assert told == ["begins", "waits", "ends"]
 
 
 def late_rank(dist):
