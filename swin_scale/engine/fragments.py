@@ -207,7 +207,10 @@ class ZeroFragments(Fragments):
 
 
 class ShardedFragments(Fragments):
-    """Stage 3: every parameter is cut evenly over the ranks, the last part padded; padding is never saved or read."""
+    """Stage 3: every parameter is cut evenly over the ranks, the last part padded.
+
+    What is in the padding is whatever memory held, NaN as well: it is never saved, read or looked at.
+    """
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         cut: Any = parameter
@@ -219,9 +222,8 @@ class ShardedFragments(Fragments):
         found = []
         for name, parameter in self._module.named_parameters():
             cut: Any = parameter
-            start = cut.ds_tensor.ds_numel * cut.ds_zero_partition_rank
-            length = min(cut.ds_tensor.ds_numel, cut.ds_numel - start)
-            if length <= 0:
+            start, length = _extent(parameter)
+            if not length:
                 continue
             if parameter.requires_grad:
                 i, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
@@ -230,7 +232,7 @@ class ShardedFragments(Fragments):
                 master = flat.detach().narrow(0, offset, length)
                 moments = {kind: entry[kind].narrow(0, offset, length) for kind in names if kind in entry}
             else:
-                master, moments = cut.ds_tensor.narrow(0, 0, length), {}
+                master, moments = _part(parameter), {}
             found.append(Piece(name=name, parameter=parameter, start=start, master=master, moments=moments))
         return found
 
@@ -240,8 +242,8 @@ class ShardedFragments(Fragments):
 
     def _values(self) -> list[tuple[str, Tensor]]:
         # What is gathered for now counts by both.
-        parameters: list[tuple[str, Any]] = list(self._module.named_parameters())
-        return super()._values() + [(name, parameter.ds_tensor.data) for name, parameter in parameters]
+        parts = [(name, _part(parameter)) for name, parameter in self._module.named_parameters()]
+        return super()._values() + parts
 
     def _flat(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         zero = self._optimizer
@@ -255,6 +257,18 @@ class ShardedFragments(Fragments):
         for piece, source in zip(self.pieces(), sources, strict=True):
             cut: Any = piece.parameter
             cut.ds_tensor.data[: source.numel()].copy_(source)
+
+
+def _extent(parameter: Any) -> tuple[int, int]:
+    """(first element, number of elements) of a parameter that this rank keeps under ZeRO-3, without padding."""
+    start = parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_rank
+    return start, max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+
+
+def _part(parameter: Any) -> Tensor:
+    """1-d view of these elements."""
+    part: Tensor = parameter.ds_tensor.data.narrow(0, 0, _extent(parameter)[1])
+    return part
 
 
 FRAGMENTS: Mapping[int, type[Fragments]] = {

@@ -79,6 +79,40 @@ def parts_case(dist, config):
     return parts, filled, any(p.numel() for p in parameters), output
 
 
+UNINITIALISED = [
+    (0, "fp32", "auto"),
+    (1, "bf16", 2),
+    (2, "fp32", 2),
+    (2, "bf16", "auto"),
+    (3, "fp32", "auto"),
+    (3, "bf16", 2),
+]
+
+
+@pytest.mark.parametrize(("stage", "precision", "micro"), UNINITIALISED)
+def test_what_memory_held_before_is_never_seen(stage, precision, micro):
+    """Every tensor that torch or DeepSpeed leaves unfilled holds NaN; most parameters do not divide by three ranks."""
+    config = make_config(engine={"zero_stage": stage, "precision": precision}, train={"micro_batch": micro})
+    found = spawn_dist(3, uninitialised_case, config)
+    for results, bad, finite, _ in found:
+        assert np.isfinite(results).all()
+        assert bad == []
+        assert finite
+    assert sum(padding for *_, padding in found) > 0 or stage < 3, "nothing was padded"
+
+
+def uninitialised_case(dist, config):
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    engine, plan = make_engine(dist, config)
+    bad = engine.not_finite()
+    results = [result[:2] for result in train(engine, plan, dist, 0, 3)]
+    finite = all(bool(fragment.data.isfinite().all()) for fragment in engine.local_fragments())
+    parts = [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
+    return results, bad + engine.not_finite(), finite, sum(int(part.isnan().sum()) for part in parts)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_local_rank_does_not_stay_in_the_environment(stage):
     """Where nobody set it, as under Slurm, DeepSpeed has it while it needs it."""
