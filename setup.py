@@ -57,6 +57,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "scipy",
             "timm",
             "torchvision",
             "triton; platform_system == 'Linux'",

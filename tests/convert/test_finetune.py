@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy import interpolate
 
 from swin_scale import create_model, create_simmim, labels, load_weights
 from swin_scale.checkpoint import list_steps, save_safetensors
@@ -255,7 +256,6 @@ def test_base_from_22k_at_192_to_1k_at_384(tmp_path):
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
 def test_the_official_code_makes_the_same_of_it(tmp_path, monkeypatch, family):
     """The loader of official SimMIM fine-tuning on the same file. SciPy has taken away the interpolation it calls."""
-    interpolate = pytest.importorskip("scipy.interpolate")
 
     def interp2d(x, y, z, kind):
         return interpolate.RectBivariateSpline(y, x, z, kx=3, ky=3, s=0)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import interpolate
 
 from swin_scale.convert.fit import fit
 from swin_scale.convert.tables import geometric_matrix, geometric_ratio, resized, spline_matrix
@@ -18,7 +19,6 @@ def test_golden_ratios(old, new, ratio):
 
 @pytest.mark.parametrize(("old", "new"), [(11, 13), (11, 27), (23, 27), (13, 47)])
 def test_it_is_the_spline_of_scipy_through_the_values_moved_apart(old, new):
-    interpolate = pytest.importorskip("scipy.interpolate")
     q, table = geometric_ratio(old, new), np.random.default_rng(0).normal(size=(old, old, 3))
     half = [sum(q**i for i in range(n + 1)) for n in range(old // 2)]
     at = np.array([-x for x in reversed(half)] + [0.0] + half)
