@@ -217,7 +217,12 @@ class WorkerPool:
         except OSError as error:
             raise self._death(worker) from error
 
-    def _death(self, worker: _Worker) -> DataError | PeerLostError:
+    def _death(self, worker: _Worker) -> SwinScaleError:
+        # One that fails says why, and may have ended before it was listened to, while it was sent more.
+        with contextlib.suppress(EOFError, OSError):
+            while worker.connection.poll():
+                if isinstance(said := worker.connection.recv(), SwinScaleError):
+                    return said
         try:
             code = worker.process.wait(CLOSE_GRACE_S)
         except subprocess.TimeoutExpired:

@@ -123,6 +123,16 @@ def test_bad_samples_leave_holes_and_shift_nothing(tmp_path, workers):
     assert records[12].source == str(bad.directory)
 
 
+def test_a_worker_that_ended_while_it_was_sent_more_says_why(tmp_path):
+    clean, _ = bad_set(tmp_path, {})
+    stream = TrainStream([clean], **RECIPE)
+    (clean.directory / "index.npy").unlink()
+    with stream.batches(workers=1) as batches:
+        assert batches._maker._workers[0].process.wait(60) == 0
+        with pytest.raises(DataError, match=r"index\.npy does not exist"):
+            next(batches)
+
+
 @pytest.mark.fault(18, "a shard missing at run time")
 def test_a_missing_shard_ends_the_run(tmp_path):
     clean, _ = bad_set(tmp_path, {})
