@@ -122,7 +122,7 @@ def test_the_chained_job_is_the_one_that_keeps_away(tmp_path, monkeypatch):
     ],
 )
 def test_nobody_is_blamed_for_what_came_from_outside(tmp_path, monkeypatch, changes, blamed):
-    tasks = Tasks(tmp_path, monkeypatch, f"trap '' USR1; sleep 1\n{SAY_KILLED}")
+    tasks = Tasks(tmp_path, monkeypatch, f"sleep 1\n{SAY_KILLED}", trap="trap '' USR1")
     tasks.supervise(tmp_path, **changes)
     assert [row["node"] for row in read_chain(tmp_path) if row["event"] == "blamed"] == blamed
 
