@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from swin_scale.checkpoint import Checkpoint, Fragment
 from swin_scale.engine.experts import Held
 from swin_scale.engine.optimizers import StateLayout, applied_updates, ensure_state
-from swin_scale.errors import CheckpointError
+from swin_scale.errors import CheckpointError, PreemptedError
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 GATHER_BYTES = 256 << 20
@@ -220,12 +220,18 @@ class Fragments(ABC):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The module carries the moving average inside the context (all ranks enter together)."""
+        """The module carries the moving average inside the context (all ranks enter together).
+
+        After an error, the agreed end of the run aside, it goes on carrying it: an error of this rank alone would wait
+        for the others here, which are elsewhere, until they all were taken for lost.
+        """
         self._fill(self._ema)
         try:
             yield
-        finally:
+        except PreemptedError:
             self._publish()
+            raise
+        self._publish()
 
     @torch.no_grad()
     def _fill(self, sources: Sequence[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The engine on real gloo processes: one gradient for any cut of the batch, skips agreed, saves local, resume exact."""
 
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from swin_scale.checkpoint import Checkpoint
 from swin_scale.config import batch_plan
 from swin_scale.config_load import config_from_values
+from swin_scale.errors import DataError
 from tests.spawn import spawn_dist
 
 BATCH, CLASSES = 12, 10
@@ -301,6 +303,24 @@ def ema_case(dist, config):
     with engine.evaluating(ema=True):
         averaged = weights(engine)
     return expected, averaged, before, weights(engine)
+
+
+def test_an_error_of_one_rank_in_an_evaluation_waits_for_nobody():
+    config = make_config(engine={"zero_stage": 1}, optim={"ema_decay": 0.5})
+    assert spawn_dist(2, broken_evaluation_case, config) == ["a shard is gone", "the other is gone"]
+
+
+def broken_evaluation_case(dist, config):
+    engine, _ = make_engine(dist, config)
+    try:
+        with engine.evaluating(ema=True):
+            if dist.is_main:
+                raise DataError("a shard is gone")
+            dist.store.wait(["left"], timedelta(seconds=50))  # a rank that does not meet the others for a while
+            raise DataError("the other is gone")
+    except DataError as error:
+        dist.store.set("left", "")
+        return str(error)
 
 
 def test_noise_seed_has_no_collisions_nearby():
