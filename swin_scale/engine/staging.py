@@ -211,9 +211,11 @@ def _move(pieces: Sequence[tuple[int, int, int]], threads: int) -> None:
     helpers = [threading.Thread(target=work, name="staging") for _ in range(min(threads, len(pieces)) - 1)]
     for helper in helpers:
         helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
+    try:
+        work()
+    finally:  # an interrupt too: nobody may write into memory that is given back
+        for helper in helpers:
+            helper.join()
 
 
 @functools.cache

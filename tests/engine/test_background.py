@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,23 @@ def test_a_copy_holds_the_bytes_of_the_file(tmp_path, threads, moves, monkeypatc
         assert copied.read_bytes() == (tmp_path / written.name).read_bytes()
         copied.unlink()
     buffer.close()
+
+
+def test_an_interrupted_copy_leaves_nobody_writing(monkeypatch):
+    """The buffer is given back next."""
+    interrupted = threading.Event()
+
+    def move(*_):
+        if threading.current_thread() is threading.main_thread():
+            interrupted.set()
+            raise KeyboardInterrupt
+        assert interrupted.wait(30)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(staging, "_mover", lambda: move)
+    with pytest.raises(KeyboardInterrupt):
+        staging._move([(0, 0, 1)] * 8, threads=4)
+    assert not [thread for thread in threading.enumerate() if thread.name == "staging"]
 
 
 def test_a_failure_to_pin_is_not_left_for_the_next_launch(monkeypatch, caplog):
