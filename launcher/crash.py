@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.processes import Process, children, describe, output_of, state
+from launcher.processes import Process, children, describe, holding, output_of, state
 from launcher.verdict import Sign, Verdict
 from swin_scale import heartbeat
 from swin_scale.errors import PeerLostError
@@ -165,12 +165,14 @@ def stacks(process: Process, signal_number: int, descriptor: int) -> tuple[str, 
         return "none: the process is gone", False
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.ftruncate(descriptor, 0)
+    held = holding(process.pid, signal_number)
     process.signal(signal_number)
     deadline, size = time.monotonic() + STACK_S, 0
     while time.monotonic() < deadline:
         time.sleep(0.05)
         before, size = size, os.fstat(descriptor).st_size
-        if 0 < size == before:
+        # On a busy machine one that writes may stand still between two lines, and half a stack tells another story.
+        if 0 < size == before and holding(process.pid, signal_number) <= held:
             break
     text = os.pread(descriptor, 1 << 20, 0).decode(errors="replace")
     if text:

@@ -105,6 +105,16 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def holding(pid: int, number: int) -> frozenset[str]:
+    """Threads of a process that have a signal pending or blocked, as one has that is in its handler."""
+    found = set()
+    for thread in _threads(pid):
+        for line in _text(f"/proc/{pid}/task/{thread}/status").splitlines():
+            if line.startswith(("SigPnd:", "ShdPnd:", "SigBlk:")) and int(line.split()[1], 16) >> (number - 1) & 1:
+                found.add(thread)
+    return frozenset(found)
+
+
 def describe(pid: int) -> str:
     """What /proc says of a process, a line each: command, state, memory, threads, and where the kernel holds them."""
     command = _text(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
@@ -112,16 +122,24 @@ def describe(pid: int) -> str:
     wanted = ("State:", "PPid:", "VmRSS:", "Threads:", "SigPnd:", "ShdPnd:", "SigBlk:", "SigIgn:", "SigCgt:")
     status = _text(f"/proc/{pid}/status").splitlines()
     lines += [f"  {' '.join(line.split())}" for line in status if line.startswith(wanted)]
-    threads = sorted(Path(f"/proc/{pid}/task").glob("[0-9]*"), key=lambda path: int(path.name))
+    threads = _threads(pid)
     for thread in threads[:MAX_THREADS]:
-        fields = _text(str(thread / "stat")).rpartition(")")[2].split()
-        name, place = _text(str(thread / "comm")), _text(str(thread / "wchan"))
-        lines.append(f"  thread {thread.name} {name}: state {fields[0] if fields else '?'}, waits in {place or '?'}")
-        kernel = _text(str(thread / "stack"))  # for root alone
+        about = f"/proc/{pid}/task/{thread}"
+        fields = _text(f"{about}/stat").rpartition(")")[2].split()
+        name, place = _text(f"{about}/comm"), _text(f"{about}/wchan")
+        lines.append(f"  thread {thread} {name}: state {fields[0] if fields else '?'}, waits in {place or '?'}")
+        kernel = _text(f"{about}/stack")  # for root alone
         lines += [f"    {line}" for line in kernel.splitlines()[:12]]
     if len(threads) > MAX_THREADS:
         lines.append(f"  and {len(threads) - MAX_THREADS} more threads")
     return "\n".join(lines)
+
+
+def _threads(pid: int) -> list[str]:
+    try:
+        return sorted(os.listdir(f"/proc/{pid}/task"), key=int)
+    except OSError:  # gone, perhaps while they were listed
+        return []
 
 
 def _stat(pid: int) -> list[str]:

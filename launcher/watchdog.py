@@ -45,6 +45,8 @@ FIRST_SHARE = 0.9
 FIRST_TIMES = 3.0
 """The same for `LONG_SECTIONS`."""
 FENCE_S = 5.0
+BUSY_S = 10.0
+"""A process that is ready to run gets a core within this time; on a busy machine too."""
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -81,12 +83,12 @@ class Settings:
     @property
     def collect_s(self) -> float:
         """A watchdog that says nothing for so long after an alarm is frozen with its machine."""
-        return min(30.0, max(2 * self.share_s + crash.STACK_S + 1.0, self.hang_s / 8))
+        return min(30.0, max(2 * self.share_s + crash.STACK_S + BUSY_S, self.hang_s / 8))
 
     @property
     def grace_s(self) -> float:
         """What the others have to end by themselves once the rank to blame is gone."""
-        return min(20.0, 5 + self.hang_s / 4)
+        return min(20.0, BUSY_S + self.hang_s / 4)
 
 
 def start(settings: Settings) -> None:
@@ -232,10 +234,11 @@ class Watchdog:
             return
         self._share(ended=True)
         bundle, mine = self._alarm(), False
-        # With a cause recorded the run is ending anyhow, and whoever ends it may kill those that are slow.
-        if bundle is None and killed and not (self._run_dir / "exit.json").exists():
-            mine = crash.raise_alarm(self._run_dir, self._settings.life)
-            bundle = self._alarm()
+        if bundle is None and killed:
+            # With a cause recorded the run is ending anyhow, and whoever ends it may kill those that are slow.
+            if not (self._run_dir / "exit.json").exists():
+                mine = crash.raise_alarm(self._run_dir, self._settings.life)
+            bundle = self._alarm()  # a cause may be that of an alarm, raised since
         if bundle is not None:
             self._attend(bundle, mine=mine)
 
