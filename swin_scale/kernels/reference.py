@@ -263,6 +263,8 @@ class _Unpermute(Function):
         total: Tensor | None = None
         for weight_T, slot_T in zip(weight_TK.unbind(1), slot_TK.unbind(1)):
             row_TD = _take(y_RD, slot_T).to(wide)
+            if len(y_RD) < slot_TK.numel():  # by weight alone, a row that is not finite would spread
+                row_TD.masked_fill_(slot_T[:, None] < 0, 0)
             total = row_TD.mul_(weight_T[:, None]) if total is None else total.addcmul_(row_TD, weight_T[:, None])
         assert total is not None, "every token has at least one choice"
         return total.to(y_RD.dtype)

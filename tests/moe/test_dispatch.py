@@ -54,6 +54,15 @@ def test_gradients_are_exact(top_k, limit):
     assert torch.autograd.gradcheck(through, (x.requires_grad_(), gate.requires_grad_()))
 
 
+def test_what_is_not_finite_reaches_no_dropped_choice():
+    _, _, routing = routed(2, 4)
+    y = torch.ones(len(routing.choice_R), 3)
+    y[0] = torch.inf
+    assert (routing.slot_TK < 0).any()
+    finite = combine(y, routing).isfinite().all(1)
+    assert torch.equal(finite, (routing.slot_TK != 0).all(1))
+
+
 def test_an_expanded_upstream_gradient_is_taken():
     _, _, routing = routed(2, None)
     x = inputs(23)[0].requires_grad_()
