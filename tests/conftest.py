@@ -1,9 +1,11 @@
 """Shards of real digits for whole runs; what a test run says at its end: faults injected, figures proven, failures."""
 
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import hypothesis
 import pytest
 
 FAULT = "fault"
@@ -29,6 +31,12 @@ def digits(tmp_path_factory):
     return root / "train", root / "val"
 
 
+def pytest_configure(config):
+    """Properties draw the same examples every time, none of which a busy machine has a deadline for."""
+    hypothesis.settings.register_profile("swin_scale", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("swin_scale")
+
+
 def pytest_collection_modifyitems(items):
     """Tests that take minutes begin first, so that no core waits for one of them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
@@ -40,6 +48,18 @@ def pytest_runtest_setup(item):
     for mark in item.iter_markers(FAULT):
         number, what = mark.args
         item.user_properties.append((FAULT, (number, what)))
+    _seed(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    _seed(2)  # whether its fixtures were made for it or before
+
+
+def _seed(number: int) -> None:
+    """What a test draws of torch must not depend on the tests that xdist let run before it in the same process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(number)
 
 
 @pytest.hookimpl(trylast=True)
