@@ -42,9 +42,11 @@ def test_a_stalled_disk_costs_a_bounded_wait_and_a_save(digits, plain, tmp_path)
     assert result.returncode == 0, result.stderr
     assert saves(run_dir) == [("save_skipped", 8), ("checkpoint", 4), ("checkpoint", 12)]
     [skipped] = runs.events(run_dir, "save_skipped")
-    assert 0.3 <= skipped["seconds"] < 3 and "step 4 is still being written" in skipped["problem"]
+    assert "step 4 is still being written" in skipped["problem"]
     slow, last = runs.events(run_dir, "checkpoint")
-    assert slow["write_seconds"] > 0.3 > slow["seconds"] > 0 and last["path"] == "step_00000012"
+    # The wait is a part of the writing, which went on until step 10 was reached: however slow the machine is.
+    assert slow["write_seconds"] > skipped["seconds"] >= 0.3
+    assert slow["write_seconds"] > slow["seconds"] > 0 and last["path"] == "step_00000012"
     assert runs.trajectory(run_dir) == runs.trajectory(plain)
     assert runs.steps(run_dir) == [4, 12] and list((run_dir / "checkpoints").glob(".*")) == []
     assert all(contents(run_dir, step) == contents(plain, step) for step in (4, 12))

@@ -147,8 +147,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(digits, small_disk, sixteen, 
     disk = small_disk(options)
     run_dir = disk / "run"
     settings = {"train__max_steps": 12, "train__tensorboard": "true", **SINGLE}
-    fault = f"full_disk:6:11:{disk / 'filler'}:{what};step_takes:0.15"  # the save of step 4 is over by then
-    result = runs.run(run_dir, digits[0], fault=fault, **settings)
+    result = runs.run(run_dir, digits[0], fault=f"full_disk:6:11:{disk / 'filler'}:{what}", **settings)
     assert result.returncode == 0, result.stderr
     [failed] = runs.events(run_dir, "save_failed")
     assert failed["step"] == 8 and "No space left on device" in failed["problem"]
@@ -205,8 +204,7 @@ def test_a_directory_that_turns_read_only_costs_a_save(digits, tmp_path):
     if shutil.which("chattr") is None or not (immutable(checkpoints, True) and immutable(checkpoints, False)):
         pytest.skip("chattr +i does not work here: it needs root and a file system that has it")
     try:
-        fault = f"read_only:6:11:{checkpoints};step_takes:0.15"  # the save of step 4 is over by then
-        result = runs.run(run_dir, digits[0], fault=fault, **SINGLE)
+        result = runs.run(run_dir, digits[0], fault=f"read_only:6:11:{checkpoints}", **SINGLE)
     finally:
         immutable(checkpoints, False)
     assert result.returncode == 0, result.stderr
@@ -331,13 +329,14 @@ def test_a_run_depends_on_no_clock_host_or_leftover(digits, sixteen, tmp_path):
 def test_the_second_run_in_a_directory_is_refused_and_touches_nothing(digits, sixteen, tmp_path):
     run_dir = tmp_path / "run"
     settings = {**SINGLE, "train__max_steps": 12}
-    first = runs.start(run_dir, digits[0], fault="step_takes:0.5", **settings)
+    first = runs.start(run_dir, digits[0], fault=f"held:3:{tmp_path / 'go on'}", **settings)
     try:
         wait_for(lambda: (run_dir / "metrics.jsonl").exists(), first)
         second = runs.run(run_dir, digits[0], **settings)
         assert second.returncode == 2, second.stderr
         assert f"run.dir {run_dir} is in use by process {first.pid} on" in second.stderr
         assert first.poll() is None and not (run_dir / "exit.json").exists()
+        (tmp_path / "go on").touch()
         assert first.wait(timeout=240) == 0
     finally:
         first.kill()

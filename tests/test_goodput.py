@@ -302,7 +302,8 @@ def test_rows_are_few_and_what_a_kill_leaves_untold_is_little():
 
 
 def test_a_life_that_is_written_reads_back(tmp_path, caplog):
-    sections = Sections(began=time.monotonic() - 0.5, outside=Section.SET_UP)
+    began = time.monotonic() - 0.5
+    sections = Sections(began=began, outside=Section.SET_UP)
     with Ledger(tmp_path, sections, ranks=2) as ledger, sections.bare(then=Section.CLOSE):
         ledger.at(0)
         for step in range(1, 4):
@@ -314,10 +315,14 @@ def test_a_life_that_is_written_reads_back(tmp_path, caplog):
             time.sleep(0.05)
         ledger.saved(0.05)
         assert ledger.figures.recent_stall_s == 0.05
-        time.sleep(0.3)  # in no section, long enough for a row of the thread's
-    found = balanced(read(tmp_path))
-    assert 0.089 <= found.seconds["compute"] < 2.0 and 0.049 <= found.seconds["save_stall"] < 2.0
-    assert 0.499 <= found.seconds["set_up"] < 2.0 and 0.299 <= found.seconds["unattributed"] < 2.0
+        time.sleep(0.3)  # in no section, as is the wait for a row of the thread's
+        while len(read_jsonl(tmp_path / "goodput.jsonl")) < 6:
+            time.sleep(0.01)
+    found, wall = balanced(read(tmp_path)), time.monotonic() - began
+    least = {"compute": 0.089, "save_stall": 0.049, "set_up": 0.499, "unattributed": 0.299}
+    assert all(found.seconds[bucket] >= seconds for bucket, seconds in least.items())
+    assert sum(found.seconds[bucket] for bucket in (*least, "closing")) == pytest.approx(found.wall_s)
+    assert found.wall_s <= wall + 0.01
     assert found.failures == 0 and summary(found).startswith("goodput ")
     rows = read_jsonl(tmp_path / "goodput.jsonl")
     assert rows[-1]["end"] == 0 and len(rows) >= 7
@@ -344,9 +349,9 @@ from pathlib import Path
 from swin_scale.ledger import Ledger
 from swin_scale.sections import Section, Sections, process_began
 sections = Sections(began=process_began(), outside=Section.SET_UP)
-with Ledger(Path(sys.argv[1]), sections, ranks=1) as ledger, sections.bare(then=Section.CLOSE):
+with Ledger(Path(sys.argv[1]), sections, ranks=1) as ledger:
     ledger.at(0)
-    with sections(Section.EVALUATION):
+    with sections.bare(then=Section.CLOSE), sections(Section.EVALUATION):
         print("evaluating", flush=True)
         time.sleep(60)
 """
@@ -357,12 +362,13 @@ def test_a_killed_process_leaves_what_it_did_in_one_long_section(tmp_path):
     began = time.time()
     with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "evaluating\n"
-        time.sleep(1.0)
+        while read(tmp_path).seconds["evaluation"] <= 0.5:  # a busy machine wakes threads late
+            assert time.time() < began + 60
+            time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     found, wall = balanced(read(tmp_path)), time.time() - began
     assert 0.5 < found.seconds["evaluation"] <= found.wall_s <= wall + 0.05
-    assert wall - found.wall_s < 2.0  # a busy machine wakes threads late
     assert found.seconds["set_up"] > 0.0 and found.seconds["unattributed"] < 0.1
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -150,8 +149,8 @@ def test_a_killed_owner_is_followed_at_once(tmp_path):
     assert first.stdout.readline() == "mine\n"
     refused = hold(tmp_path, 0)
     assert f"in use by process {first.pid}" in refused.communicate(timeout=60)[0]
-    first.kill()  # not reaped: a zombie is dead too
-    time.sleep(0.1)
+    first.kill()
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # not reaped: a zombie is dead too
     assert hold(tmp_path, 0).communicate(timeout=60)[0] == "mine\n"
     first.wait()
 
@@ -171,7 +170,7 @@ def test_a_new_generation_of_the_job_ends_the_old_one(tmp_path, locks, monkeypat
     assert old.stdout.readline() == "mine\n"
     new = generation(1, 0)
     assert new.communicate(timeout=60)[0] == "mine\n"
-    assert old.poll() == 6
+    assert old.wait(60) == 6
     again = generation(1, 60)
     assert again.stdout.readline() == "mine\n"
     assert "in use by process" in generation(1, 0).communicate(timeout=60)[0]

@@ -114,23 +114,37 @@ def test_memory_of_a_job_is_its_peak_above_the_start(tmp_path, monkeypatch):
     """A job that holds 200 MB of its own and maps 100 MB for a moment."""
     from swin_scale.bench import zero_jobs
 
-    (tmp_path / "mapped").write_bytes(bytes(100_000_000))
+    memory = bench._memory
+
+    def look(pid):
+        holds = (tmp_path / "holds").exists()
+        found = memory(pid)
+        if holds:
+            (tmp_path / "holds").unlink()  # it has been seen, and may end
+        return found
+
+    (tmp_path / "mapped").write_bytes(bytes(102_000_000))
     monkeypatch.setattr(zero_jobs, "_PROGRAM", PROGRAM)
-    found = watched("hold", str(tmp_path / "mapped"))
+    monkeypatch.setattr(bench, "_memory", look)
+    found = watched("hold", str(tmp_path))
     assert 0.2 <= found["extra_gb"] < 0.25 and 0.1 <= found["mapped_gb"] < 0.12 and found["seconds"] > 0.05
 
 
 PROGRAM = """
 import mmap, time
+from pathlib import Path
 from swin_scale.bench import zero_jobs
 
-def hold(path):
+def hold(directory):
     def work():
-        held = bytearray(b"x") * 200_000_000
-        with open(path, "rb") as file:
+        held = bytearray(b"x") * 204_000_000  # the kernel's count of pages is not exact
+        with open(Path(directory, "mapped"), "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         sum(mapped[i] for i in range(0, len(mapped), 4096))
-        time.sleep(0.05)
+        seen = Path(directory, "holds")
+        seen.touch()
+        while seen.exists():
+            time.sleep(0.05)
     return work
 
 zero_jobs.JOBS = {"hold": hold}

@@ -55,8 +55,10 @@ def test_every_kind_of_fault_has_its_weight_and_its_method():
 
 RANK = """
 import os, subprocess, sys, time
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # swin_scale.data.worker"])
-writer = subprocess.Popen([sys.executable, "-m", "swin_scale.disk_writer"])
+sleeps = "print(flush=True); import time; time.sleep(60)  # swin_scale.data.worker"
+for program in (["-c", sleeps], ["-m", "swin_scale.disk_writer"]):
+    # Until it speaks: just after its start a process has no command line yet.
+    subprocess.Popen([sys.executable, *program], stdout=subprocess.PIPE).stdout.readline()
 if os.fork() == 0:
     time.sleep(60)
     os._exit(0)
@@ -70,7 +72,7 @@ def test_ranks_and_workers_are_found_and_no_others(tmp_path):
     package = tmp_path / "swin_scale"
     package.mkdir()
     (package / "__main__.py").write_text(RANK)
-    (package / "disk_writer.py").write_text("import time; time.sleep(60)")
+    (package / "disk_writer.py").write_text("print(flush=True); import time; time.sleep(60)")
     (tmp_path / "launcher").mkdir()
     (tmp_path / "launcher" / "watchdog.py").write_text("print('ready', flush=True); import time; time.sleep(60)")
     run_dir = tmp_path / "run"

@@ -17,6 +17,7 @@ from swin_scale.data.order import batch_digest
 from swin_scale.data.streams import SkipLedger, TrainStream
 from swin_scale.errors import DataError, PeerLostError
 from tests.data.conftest import encode, photo, write_shards
+from tests.kills import alive
 
 RECIPE = {"seed": 3, "global_batch": 12, "img_size": 32, "augment": Augment(crop="resized")}
 FIELDS = ("images", "labels", "ids", "boxes", "noise_keys")
@@ -254,14 +255,6 @@ next(batches)
 print(*(worker.process.pid for worker in batches._maker._workers), flush=True)
 {}
 """
-
-
-def alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(

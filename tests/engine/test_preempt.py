@@ -87,13 +87,13 @@ def evaluation(dist, directory, asked, waits):
     preempt.PERIOD_S = preempt.PATIENCE_S = 0.05
     seen, end = [], None
     with EndSignals() as signals, EndRequests(Path(directory), dist, signals) as requests:
-        if dist.rank == asked:
-            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGUSR1]).start()
         try:
             for batch in requests.attend(Slow(40, never=3 if dist.rank == waits else None)):
                 seen.append(batch)
                 time.sleep(0.002)
                 dist.sum_ints([1])  # experts and sharded parameters make ranks wait for each other in a forward
+                if dist.rank == asked and batch == 2:  # the last that all have
+                    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGUSR1]).start()
         except EndAgreedError as agreed:
             end = str(agreed)
         return seen, end, requests.known()
@@ -103,7 +103,7 @@ def evaluation(dist, directory, asked, waits):
 @pytest.mark.parametrize(("asked", "waits"), [(0, 0), (0, 1), (1, 0)])
 def test_a_wait_for_data_is_given_up_by_all(tmp_path, asked, waits):
     """Also where the rank that is asked is deep in a collective at that time, where no handler of Python's runs."""
-    learned = spawn_dist(2, evaluation, str(tmp_path), asked, waits, timeout=20)
+    learned = spawn_dist(2, evaluation, str(tmp_path), asked, waits)
     assert [end for _, end, _ in learned] == ["SIGUSR1 on 1 ranks"] * 2
     waited, other = learned[waits][0], learned[1 - waits][0]
     assert len(waited) == len(other)

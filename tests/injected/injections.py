@@ -117,9 +117,10 @@ def renamed_host(name):
 def full_disk(first, last, directory, what):
     """From before step `first` to before step `last` the file system of `directory` has no room (or no inodes) left.
 
-    With `last` "pause": until the last save waits before it is tried again.
+    With `last` "pause": until the last save waits before it is tried again. What was being written before either step
+    has ended by then.
     """
-    filler = Path(directory)
+    filler, saves = Path(directory), _background_saves()
 
     def make_room():
         for path in filler.iterdir():
@@ -127,6 +128,8 @@ def full_disk(first, last, directory, what):
         filler.rmdir()
 
     def action(engine, number):
+        if str(number) in (first, last):
+            _wait_for_writing(saves)
         if RANK == 0 and number == int(first):
             filler.mkdir()
             _fill(filler, what)
@@ -153,10 +156,35 @@ def _fill(directory, what):
         fill(directory / "filler")
 
 
+def _background_saves():
+    """Those of this process, once they are made."""
+    made, original = [], background.BackgroundSaves.__init__
+
+    def init(self, *arguments, **options):
+        original(self, *arguments, **options)
+        made.append(self)
+
+    background.BackgroundSaves.__init__ = init
+    return made
+
+
+def _wait_for_writing(made):
+    """Until what is being written in the background is on the disk, or failed; the run hears of it when it asks."""
+    for saves in made:
+        while (save := saves._save) and saves._advance(save) is None and not (RANK and save.told):
+            time.sleep(0.005)
+
+
 def read_only(first, last, directory):
-    """From before step `first` to before step `last` nothing can be made or removed in `directory`, by root either."""
+    """From before step `first` to before step `last` nothing can be made or removed in `directory`, by root either.
+
+    What was being written before either step has ended by then.
+    """
+    saves = _background_saves()
 
     def action(engine, number):
+        if str(number) in (first, last):
+            _wait_for_writing(saves)
         if RANK == 0 and number in (int(first), int(last)):
             subprocess.run(["chattr", "+i" if number == int(first) else "-i", directory], check=True)
 
@@ -166,6 +194,11 @@ def read_only(first, last, directory):
 def step_takes(seconds):
     """Every step takes so much longer."""
     _before_step(lambda engine, number: time.sleep(float(seconds)))
+
+
+def held(step, file):
+    """The run stays before this step until there is such a file."""
+    _before_step(lambda engine, number: _wait_for(Path(file)) if number == int(step) else None)
 
 
 def first_life_takes(seconds):
