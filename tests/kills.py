@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import random
 import signal
@@ -160,13 +161,13 @@ class _Moment:
             return file.read().count(b'"batch_digest"')
 
 
-def children(pid: int) -> list[int]:
-    """Processes below `pid`, at any depth."""
+def children(pid: int, *, own: bool = False) -> list[int]:
+    """Processes below `pid`, at any depth, or only its `own` ones."""
     found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+    for task in glob.iglob(f"/proc/{pid}/task/*/children"):  # finds nothing where the process ends meanwhile
         with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found += [child, *children(child)]
+            for child in map(int, Path(task).read_text().split()):
+                found += [child, *([] if own else children(child))]
     return found
 
 

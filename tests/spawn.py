@@ -26,8 +26,12 @@ CONTEXT.set_forkserver_preload(
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on, below the range from which outgoing connections take theirs."""
-    for port in random.SystemRandom().sample(range(15000, 32000), 100):
+    """A TCP port nobody listens on, below the range from which outgoing connections take theirs.
+
+    Of two workers of xdist each has ports of its own: between this look and the rank that takes it lies a second.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in random.SystemRandom().sample(range(15000 + worker % 8, 32000, 8), 100):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -54,7 +58,7 @@ def spawn(
     world: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout: float = 60,
+    timeout: float = 180,
     env: Mapping[str, str] | None = None,
     may_die: Collection[int] = (),
 ) -> list[Any]:
@@ -91,7 +95,7 @@ def spawn(
                 try:
                     good, results[rank] = pipe.recv()
                 except EOFError:
-                    processes[rank].join(5)
+                    processes[rank].join(60)
                     good = rank in may_die
                     code = results[rank] = processes[rank].exitcode
                     if not good:
@@ -114,7 +118,7 @@ def spawn(
     return results
 
 
-def spawn_dist(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60, **options: Any) -> list[Any]:
+def spawn_dist(world: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **options: Any) -> list[Any]:
     """As `spawn`, but calls ``function(dist, *args)`` with an initialised `swin_scale.engine.dist.Dist` (gloo)."""
     return spawn(world, _with_dist, function, *args, timeout=timeout, **options)
 

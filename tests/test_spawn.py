@@ -16,7 +16,7 @@ def _rank_times(factor: int) -> int:
 def _fail_on(rank: int) -> None:
     if os.environ["RANK"] == str(rank):
         raise ValueError("only here")
-    time.sleep(30)
+    time.sleep(600)
 
 
 def _die_on(rank: int) -> str:
@@ -32,8 +32,8 @@ def test_results_in_rank_order():
 def test_a_failure_carries_its_traceback_and_does_not_wait_for_the_others():
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)rank 0: no result in time.*rank 1: .*ValueError: only here"):
-        spawn(2, _fail_on, 1, timeout=20)
-    assert time.monotonic() - start < 15
+        spawn(2, _fail_on, 1, timeout=300)
+    assert time.monotonic() - start < 200  # with the start of the server
 
 
 def test_a_death_that_was_foreseen_is_a_result():

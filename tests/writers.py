@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ def is_writer(pid: int) -> bool:
 
     A process that has just been started has no command line for a moment, after its parent was told that it runs.
     """
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -29,7 +30,7 @@ def is_writer(pid: int) -> bool:
 def writers(pid: int | None = None) -> list[int]:
     """Those of process `pid`; default: of this one."""
     found = []
-    for task in Path(f"/proc/{pid or os.getpid()}/task").glob("*/children"):
+    for task in glob.iglob(f"/proc/{pid or os.getpid()}/task/*/children"):
         with contextlib.suppress(OSError):
-            found += [child for child in map(int, task.read_text().split()) if is_writer(child)]
+            found += [child for child in map(int, Path(task).read_text().split()) if is_writer(child)]
     return found
