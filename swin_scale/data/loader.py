@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swin_scale.data.order import EMPTY
+from swin_scale.data.order import EMPTY, as_bad
 from swin_scale.data.worker import SIGNALS, Chunk, ChunkResult, Producer, Recipe, Skipped
 from swin_scale.errors import DataError, PeerLostError, SwinScaleError
 from swin_scale.files import anonymous_file
@@ -51,6 +51,11 @@ class Request:
     copies: np.ndarray
     reasons: dict[int, str] = field(default_factory=dict)
     """Why samples are left out, by id; their ids in `ids` are coded by `as_bad`."""
+
+    def reasons_of(self, slots: slice) -> dict[int, str]:
+        """`reasons` of some slots: with those of a whole batch that is left out, messages would outgrow a socket."""
+        left_out = [int(as_bad(code)) for code in self.ids[slots].tolist() if code < EMPTY]
+        return {sample: self.reasons[sample] for sample in left_out}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +372,7 @@ class Batches(Iterator[Batch]):
                     request.copies[row : row + self._chunk],
                     number,
                     row,
-                    request.reasons,
+                    request.reasons_of(slice(row, row + self._chunk)),
                 )
                 for row in range(0, self._rows, self._chunk)
             ]
