@@ -20,7 +20,7 @@ from swin_scale import heartbeat
 from swin_scale.heartbeat import WARM_UP, Beat, Pulse, begin_life, read_beat
 from swin_scale.log import read_jsonl
 from swin_scale.sections import Section, Sections
-from tests.launcher.watched import STEP
+from tests.launcher.watched import STEP, watchdogs
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = os.uname().nodename
@@ -178,7 +178,7 @@ class Ranks:
     def __init__(self, run_dir, fault):
         self.run_dir, self.fault = run_dir, fault
         run_dir.mkdir()
-        begin_life(run_dir, f"life-of-{fault}-{os.getpid()}")
+        begin_life(run_dir, f"life of {fault}")
         (run_dir / "config.yaml").write_text("run: {}\n")
         (run_dir / "metrics.jsonl").write_text("".join(f'{{"step": {i + 1}}}\n' for i in range(300)))
         self.processes = [
@@ -189,16 +189,6 @@ class Ranks:
             for rank in range(2)
         ]  # fmt: skip
 
-    def watchdogs(self):
-        """Process ids of the watchdogs, by rank."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                arguments = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"launcher.watchdog" in arguments and f"life-of-{self.fault}-{os.getpid()}".encode() in arguments[4]:
-                    found[json.loads(arguments[4])["rank"]] = int(entry.name)
-        return found
-
     def shown(self):
         """What everybody may read: (step, section) by rank."""
         return {rank: (one.step, one.section) for rank, one in heartbeat.read_statuses(self.run_dir).items()}
@@ -207,14 +197,14 @@ class Ranks:
         """Stop the last rank's watchdog, and the rank too where its machine is to hang."""
         section = {"frozen": "forward", "stall": "optimizer"}[self.fault]
         wait_for(lambda: self.shown().get(1) == (STEP, section), "the rank that is to freeze")
-        for pid in (self.watchdogs()[1], *[self.processes[1].pid] * (self.fault == "frozen")):
+        for pid in (watchdogs(self.run_dir)[1], *[self.processes[1].pid] * (self.fault == "frozen")):
             os.kill(pid, signal.SIGSTOP)
             wait_for(lambda: state(pid) == "T", "its standstill")  # noqa: B023 - called here
         (self.run_dir / "met").touch()
 
     def thaw(self):
         self.processes[1].send_signal(signal.SIGCONT)
-        for pid in self.watchdogs().values():
+        for pid in watchdogs(self.run_dir).values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
@@ -227,7 +217,7 @@ class Ranks:
 
     def outcome(self):
         """Run directory and exit codes, once the watchdogs have ended too."""
-        wait_for(lambda: not self.watchdogs(), "the watchdogs' end")
+        wait_for(lambda: not watchdogs(self.run_dir), "the watchdogs' end")
         errors = [process.communicate()[1].decode() for process in self.processes]
         assert not any(errors), errors
         return self.run_dir, [process.returncode for process in self.processes]

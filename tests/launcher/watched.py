@@ -7,8 +7,10 @@ Nobody counts as hung before the fault, however long the others take to come to 
 say that they are alive.
 """
 
+import contextlib
 import ctypes
 import faulthandler
+import json
 import os
 import signal
 import subprocess
@@ -128,6 +130,17 @@ def wait_for_the_others(sections: Sections, run_dir: Path, last: int) -> None:
     while peer.is_alive() or crash.find_alarm(run_dir, life) is None:
         time.sleep(0.02)
     os._exit(6)
+
+
+def watchdogs(run_dir: Path) -> dict[int, int]:
+    """Process ids of the watchdogs of all runs in a directory, by rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"launcher.watchdog" in arguments and (settings := json.loads(arguments[4]))["run_dir"] == str(run_dir):
+                found[settings["rank"]] = int(entry.name)
+    return found
 
 
 if __name__ == "__main__":
