@@ -142,7 +142,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 {code}
 """
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_floor_0_launcher_and_data_prep_import_without_torch():

@@ -27,7 +27,7 @@ def test_an_installed_package_has_its_recipes_and_its_batch_script(tmp_path):
         assert ours
         assert {path.relative_to(installed): path.read_bytes() for path in installed.glob(pattern)} == ours
     command = [sys.executable, "-m", "swin_scale", "configs", "show", "demo"]
-    shown = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=240)
     assert shown.returncode == 0, shown.stderr
     listed = "import swin_scale.recipes as r, launcher.render as l; print(*r.recipes().values(), l.TEMPLATE)"
     paths = subprocess.run([sys.executable, "-c", listed], cwd=site, capture_output=True, text=True, check=True)

@@ -34,7 +34,7 @@ def test_a_model_on_the_meta_device_is_built_without_torchs_compiler():
     program = "import sys, torch\nfrom swin_scale.models import create_model\n"
     program += f"with torch.device('meta'): create_model({'swinv2_nano_patch4_window4_32'!r})\n"
     program += "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 

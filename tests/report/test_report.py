@@ -175,7 +175,7 @@ from swin_scale.report import environment, write_report
 assert environment(ranks=1, nodes=1, device="cpu")["torch"]
 write_report({str(run)!r})
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0 and (run / "report.html").exists(), result.stderr
 
 
