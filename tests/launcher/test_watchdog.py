@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from launcher import crash
-from launcher.processes import Process, children, describe, output_of, state
-from launcher.watchdog import Limits, Patience, Settings, Watchdog
+from launcher.processes import Process, children, describe, holding, output_of, state
+from launcher.watchdog import STACK_SIGNAL, Limits, Patience, Settings, Watchdog
 from swin_scale import heartbeat
 from swin_scale.heartbeat import WARM_UP, Beat, Pulse, begin_life, read_beat
 from swin_scale.log import read_jsonl
@@ -148,6 +148,9 @@ def test_a_process_is_known_by_more_than_its_number():
     os.kill(child.pid, signal.SIGSTOP)
     wait_for(lambda: state(child.pid) == "T", "its standstill")
     assert crash.stopped_children(os.getpid()) == (child.pid,)
+    assert holding(child.pid, STACK_SIGNAL) == set()
+    process.signal(STACK_SIGNAL)
+    assert holding(child.pid, STACK_SIGNAL) == {str(child.pid)}  # it has not come to answer
     process.kill()
     assert process.wait(60) and not process.is_alive()  # a zombie is dead
     child.wait()
