@@ -140,7 +140,7 @@ def test_data(digits, tmp_path):
 def reports(count=8, **odd):
     """Of so many like ranks on two machines, the last one with `odd`."""
     same = {"device": "NVIDIA H200", "versions": {"torch": "2.13.0"}, "matmul_s": 0.0015, "all_reduce_s": 0.002}
-    found = [{**same, "rank": r, "host": f"node{r // 4}", "time": 100.0 + r / 1000} for r in range(count)]
+    found = [{**same, "rank": r, "host": f"node{r // 4}", "time": (100.0 + r / 1000, 100.1)} for r in range(count)]
     found[-1].update(odd)
     return found
 
@@ -151,7 +151,7 @@ def reports(count=8, **odd):
         ({"matmul_s": 0.0020}, "matmul", "warn", "rank 7 on node1 1.33 times"),
         ({"versions": {"torch": "2.12.0"}}, "versions", "refuse", "torch 2.13.0 and 2.12.0"),
         ({"device": "NVIDIA H100"}, "devices", "warn", "NVIDIA H100"),
-        ({"time": 108.0}, "clocks", "warn", "rank 7 on node1"),
+        ({"time": (108.0, 108.1)}, "clocks", "warn", "at least 7.9 s between ranks; rank 7 on node1"),
     ],
 )
 def test_peers(odd, check, verdict, text):

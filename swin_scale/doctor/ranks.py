@@ -23,7 +23,8 @@ CLOCK_S = 2.0
 REDUCED_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 
 Report = Mapping[str, Any]
-"""Of one rank: `rank`, `host`, `device`, `versions`, `time`, and with a speed test `matmul_s` and `all_reduce_s`."""
+"""Of one rank: `rank`, `host`, `device`, `versions`, `time` (two readings, before and after a moment
+that is the same for all), and with a speed test `matmul_s` and `all_reduce_s`."""
 
 
 def report(dist: Dist, *, speed: bool = True) -> dict[str, Any]:
@@ -38,9 +39,11 @@ def report(dist: Dist, *, speed: bool = True) -> dict[str, Any]:
         own["matmul_s"] = matmul_seconds(dist.device)
         if dist.local_world > 1 and dist.world % dist.local_world == 0:
             own["all_reduce_s"] = _all_reduce_seconds(dist)
-    # All leave within milliseconds of each other, and then read their clocks.
+    # All read their clocks twice, and are in the second barrier together in between, however long one stands still.
     torch.distributed.barrier(group=dist.cpu_group)
-    own["time"] = time.time()
+    before = time.time()
+    torch.distributed.barrier(group=dist.cpu_group)
+    own["time"] = before, time.time()
     return own
 
 
@@ -76,13 +79,14 @@ def judge(reports: Sequence[Report]) -> list[Finding]:
     firsts = {r["host"]: r for r in reversed(reports)}
     found += _outliers("all-reduce", list(firsts.values()), "all_reduce_s", lambda r: f"machine {r['host']}")
     times = [r["time"] for r in reports]
-    skew = max(times) - min(times)
-    ahead = max(reports, key=lambda r: r["time"])
+    # At least so much lies between two clocks that read these before and after the same moment.
+    skew = max(0.0, max(before for before, _ in times) - min(after for _, after in times))
+    ahead = max(reports, key=lambda r: r["time"][0])
     if skew > CLOCK_S:
-        text = f"{skew:.1f} s between ranks; rank {ahead['rank']} on {ahead['host']} is the furthest ahead"
+        text = f"at least {skew:.1f} s between ranks; rank {ahead['rank']} on {ahead['host']} is the furthest ahead"
         found.append(warn("clocks", text, "start chrony or ntpd there"))
     else:
-        found.append(ok("clocks", f"within {skew:.2f} s"))
+        found.append(ok("clocks", f"none seen to be more than {CLOCK_S:g} s from another"))
     return found
 
 
