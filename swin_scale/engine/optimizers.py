@@ -181,8 +181,10 @@ class Guarded(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        finite = norm.isfinite().float()
-        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN, group=self.group)
+        # The norm is agreed, too: chips of another kind may round its sum otherwise, and would clip to other weights.
+        agreed = torch.stack([norm.isfinite().to(norm.dtype), norm.nan_to_num(0.0, 0.0, 0.0)])
+        torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=self.group)
+        finite, norm = agreed.unbind()
         self.overflow = not bool(finite)
         self.grad_norm = float("inf") if self.overflow else norm
         if self.overflow:

@@ -131,6 +131,24 @@ def test_lamb_by_hand(standins):
     torch.testing.assert_close(optimizer.state[w]["exp_avg"], torch.tensor([5.0, -12.0]))
 
 
+def test_ranks_that_round_the_norm_otherwise_clip_alike():
+    (norm, weights), other = spawn_dist(2, clip_case)
+    assert other == (norm, weights)
+    assert norm == 2.0, "the smallest"
+
+
+def clip_case(dist):
+    exact = torch.nn.utils.get_total_norm
+    torch.nn.utils.get_total_norm = lambda grads: exact(grads) * (1 + dist.rank * 2**-20)
+    w = nn.Parameter(torch.zeros(4))
+    w.grad = torch.ones(4)
+    optim = Optim(name="sgd", lr=1.0, momentum=0.0, clip_grad=1.0)
+    optimizer = build_optimizer([{"params": [w]}], optim, guarded_by=torch.distributed.group.WORLD)
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step()
+    return float(optimizer.grad_norm), w.tolist()
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_an_element_gets_the_same_bits_wherever_it_lies(name):
     """Shards of another world size begin elsewhere, and ranks may have other thread counts."""
