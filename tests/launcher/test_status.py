@@ -109,7 +109,7 @@ def test_logs_follow_what_is_written(run_dir):
         assert process.stdout.readline() == "second\n"
         # Not SIGINT, which the jobs of a shell in the background inherit as ignored.
         process.terminate()
-        assert process.wait(timeout=20) == -signal.SIGTERM
+        assert process.wait(timeout=50) == -signal.SIGTERM
 
 
 HOLD = """
@@ -130,7 +130,7 @@ def test_stop_asks_the_process_of_a_local_run(run_dir):
         assert process.stdout.readline() == "mine\n"
         assert survey(run_dir)["state"] == "running"
         assert stop(run_dir) == f"asked process {process.pid} to save and end"
-        assert process.wait(timeout=20) == 75
+        assert process.wait(timeout=50) == 75
     assert survey(run_dir)["stop_asked"]
     with pytest.raises(UserError, match="was not submitted to Slurm"):
         cancel(run_dir)
@@ -160,7 +160,7 @@ def test_stop_of_a_run_that_goes_on_without_its_chain(run_dir, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "mine\n"
         assert stop(run_dir) == f"asked process {process.pid} to save and end"
-        assert process.wait(timeout=20) == 75 and stop_file(run_dir).exists()
+        assert process.wait(timeout=50) == 75 and stop_file(run_dir).exists()
 
 
 def test_cancel_ends_what_waits_before_what_runs(run_dir, monkeypatch):
