@@ -52,10 +52,11 @@ class Request:
     reasons: dict[int, str] = field(default_factory=dict)
     """Why samples are left out, by id; their ids in `ids` are coded by `as_bad`."""
 
-    def reasons_of(self, slots: slice) -> dict[int, str]:
-        """`reasons` of some slots: with those of a whole batch that is left out, messages would outgrow a socket."""
-        left_out = [int(as_bad(code)) for code in self.ids[slots].tolist() if code < EMPTY]
-        return {sample: self.reasons[sample] for sample in left_out}
+    def chunk(self, memory: int, row: int, size: int) -> Chunk:
+        """`size` slots from `row` on, with their own reasons: those of a whole batch could outgrow a socket."""
+        ids, copies = self.ids[row : row + size], self.copies[row : row + size]
+        left_out = [int(as_bad(code)) for code in ids.tolist() if code < EMPTY]
+        return Chunk(self.epoch, ids, copies, memory, row, {sample: self.reasons[sample] for sample in left_out})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,17 +366,7 @@ class Batches(Iterator[Batch]):
             if request is None:
                 return
             number, images = pool.memory()
-            chunks = [
-                Chunk(
-                    request.epoch,
-                    request.ids[row : row + self._chunk],
-                    request.copies[row : row + self._chunk],
-                    number,
-                    row,
-                    request.reasons_of(slice(row, row + self._chunk)),
-                )
-                for row in range(0, self._rows, self._chunk)
-            ]
+            chunks = [request.chunk(number, row, self._chunk) for row in range(0, self._rows, self._chunk)]
             pending = _Pending(request, images, chunks)
             self._ahead.append(pending)
             for chunk in range(len(chunks)):
