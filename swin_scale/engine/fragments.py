@@ -221,7 +221,6 @@ class ShardedFragments(Fragments):
         names = self._layout.moments
         found = []
         for name, parameter in self._module.named_parameters():
-            cut: Any = parameter
             start, length = _extent(parameter)
             if not length:
                 continue
