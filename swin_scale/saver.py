@@ -20,7 +20,7 @@ from swin_scale.engine.replicas import ReplicasDifferError
 from swin_scale.engine.restore import Restorer
 from swin_scale.engine.saving import Contents, Retention, save_now
 from swin_scale.errors import CheckpointError, DivergedError, PreemptedError
-from swin_scale.interval import RECENT_SAVES, expected_mtbf_s, save_interval_s, save_took_s
+from swin_scale.interval import RECENT_SAVES, SHORTEST_S, expected_mtbf_s, save_interval_s, save_took_s
 from swin_scale.job import Job
 from swin_scale.ledger import Ledger
 from swin_scale.log import read_events
@@ -57,6 +57,8 @@ class Saver:
         self._job, self._dist, self._engine, self._log, self._restorer = job, dist, engine, log, restorer
         self.root = Path(job.config.run.dir) / "checkpoints"
         self._last = time.monotonic()
+        self._failing = False
+        """What was last written came to nothing: by minutes, the next save is due soon, not after a whole interval."""
         self._start = self._last - float(resumed.state.get("elapsed_s", 0.0) if resumed else 0.0)
         self.saved_step = resumed.step if resumed else -1
         self.took_s: deque[float] = deque(maxlen=RECENT_SAVES)
@@ -81,6 +83,7 @@ class Saver:
         if minutes is None:
             return False
         interval = self._plan()[0] if minutes == "auto" else 60 * minutes
+        interval = min(interval, SHORTEST_S) if self._failing else interval
         return time.monotonic() - self._last >= interval
 
     def step_is_due(self, step: int) -> bool:
@@ -229,7 +232,7 @@ class Saver:
         self._saved(outcome.step, **self._stall, write_seconds=round(outcome.write_seconds, 3))
 
     def _saved(self, step: int, seconds: float, **figures: float) -> None:
-        self.saved_step = step
+        self.saved_step, self._failing = step, False
         self._restorer.forget_start()
         self.took_s.append(save_took_s({"seconds": seconds, **figures}))
         path = step_directory(self.root, step)
@@ -237,6 +240,7 @@ class Saver:
 
     def _failed(self, step: int, problem: str) -> None:
         logger.error("step %d was not saved: %s; training goes on", step, problem)
+        self._failing = True
         self._log.event("save_failed", step, problem=problem)
 
     def _in_background(self, step: int) -> BackgroundSaves | None:

@@ -79,6 +79,32 @@ def test_a_last_save_is_tried_by_a_new_writer_and_ends_in_one_message(digits, tm
     assert "Traceback" not in result.stderr and runs.steps(run_dir) == ([6] if code else [6, 12])
 
 
+FAILS_ONCE = """
+import sys
+from swin_scale import cli, saver
+from swin_scale.errors import CheckpointError
+
+write, saver.SHORTEST_S, failed = saver.save_now, 0.0, []
+
+def save_now(*arguments):
+    if not failed:
+        failed.append(True)
+        raise CheckpointError("no room")
+    write(*arguments)
+
+saver.save_now = save_now
+sys.exit(cli.main())
+"""
+
+
+def test_a_save_that_failed_is_made_up_for_before_the_next_is_due(digits, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = {"checkpoint__mode": "sync", "checkpoint__every_minutes": 60, **SINGLE}
+    result = runs.run(run_dir, digits[0], program=FAILS_ONCE, train__max_steps=12, **settings)
+    assert result.returncode == 0, result.stderr
+    assert saves(run_dir) == [("save_failed", 4), ("checkpoint", 6), ("checkpoint", 8), ("checkpoint", 12)]
+
+
 @pytest.mark.fault(15, "run: NaN in a loss while the save before it is still being committed")
 def test_going_back_waits_for_what_is_being_written(digits, tmp_path):
     run_dir = tmp_path / "run"
