@@ -24,7 +24,7 @@ from swin_scale.sections import Sections
 
 logger = logging.getLogger(__name__)
 
-WORD_S = 3.0
+WORD_S = 6.0
 """How long a rank that lost a peer waits to hear which one, before it says itself that it was another."""
 VERDICT_S = 45.0
 """The same once the watchdogs have been called."""
@@ -108,11 +108,13 @@ class Watch:
         """
         began = time.monotonic()
         while True:
+            # Looked for before the alarm: a cause that comes with one must not be taken for another.
+            known = (self._run_dir / "exit.json").exists()
             bundle = crash.find_alarm(self._run_dir, life)
             verdict = None if bundle is None else crash.read_verdict(bundle)
             if verdict is not None:
                 return f"{verdict.text}; see {bundle}"
-            if bundle is None and (self._run_dir / "exit.json").exists():
+            if bundle is None and known:
                 return None
             if time.monotonic() - began > (WORD_S if bundle is None else VERDICT_S):
                 return None
