@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from launcher.processes import children
 from swin_scale.checkpoint import Checkpoint
 from swin_scale.engine import background, staging
 from swin_scale.engine.engine import Engine
@@ -467,8 +468,8 @@ def _hold_the_lock():
 
 
 def _stop_workers():
-    for child in Path("/proc/self/task").glob("*/children"):
-        for pid in map(int, child.read_text().split()):
+    for pid in children(os.getpid()):
+        with contextlib.suppress(OSError):  # another child may end meanwhile
             if "data.worker" in Path(f"/proc/{pid}/cmdline").read_text():
                 os.kill(pid, signal.SIGSTOP)
 
