@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -34,6 +35,28 @@ def verdicts(findings):
 
 def nano(run_dir, train, **sections):
     return make_config(NANO, 4, run={"dir": str(run_dir)}, data={"train": [str(train)], "workers": 0}, **sections)
+
+
+@pytest.mark.parametrize(
+    ("says", "version"),
+    [
+        ("echo 580.65.06; echo 580.65.06", "580.65.06"),
+        ("echo Driver/library version mismatch; echo NVML library version: 580.65; exit 18", None),
+        ("sleep 60 & wait", None),
+    ],
+    ids=["two GPUs", "failed", "hung"],
+)
+def test_the_driver_is_asked_without_waiting_for_one_that_hangs(tmp_path, monkeypatch, says, version):
+    """What it has started may keep the pipe open long after it was killed."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{says}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    if "sleep" in says:
+        monkeypatch.setattr(machine, "DRIVER_S", 0.5)
+    began = time.monotonic()
+    assert machine._driver() == version
+    assert time.monotonic() - began < 55, "waited for what it had started"
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 
+from launcher.processes import output_of
 from swin_scale.config import Config
 from swin_scale.doctor.finding import Finding, ok, refuse, warn
 from swin_scale.kernels.apex import why_not_apex
@@ -21,6 +22,8 @@ DEEPSPEED = ((0, 19, 8), (0, 20))
 MIN_TORCH = (2, 10)
 LITTLE_MEMORY = 0.10
 """Share of a GPU's memory that others may hold without a warning."""
+DRIVER_S = 20.0
+"""A driver that does not say its version within this time hangs."""
 MATMUL_SIDE = {"cuda": 8192, "cpu": 512}
 
 
@@ -117,10 +120,11 @@ def check_gpus() -> list[Finding]:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+        said = output_of(command, DRIVER_S)
+    except OSError:  # none, or none that answers
         return None
-    return ", ".join(sorted(set(done.stdout.split())))
+    # One that fails says why, perhaps with the version of its library.
+    return ", ".join(sorted({line for line in said.splitlines() if re.fullmatch(r"\d+(\.\d+)+", line)})) or None
 
 
 def matmul_seconds(device: torch.device, repeats: int = 5) -> float:
